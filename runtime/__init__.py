@@ -1,0 +1,1 @@
+"""What runs on the device. Never imports torch, transformers, optimum or onnx."""

@@ -1,0 +1,198 @@
+"""What a bundle is: the manifest's schema and the check that a folder holds a whole, undamaged bundle.
+
+`export` writes these structs, `runtime` reads them; docs/bundle.md describes them for people. Knows nothing of
+ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from .errors import BundleError
+from .strict import convert
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+LayerType = Literal["sliding_attention", "full_attention"]
+KvDtype = Literal["float32", "float16", "int8"]
+
+
+class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of everything in the manifest."""
+
+
+class Source(Struct):
+    """Where the weights came from."""
+
+    model: str  # folder name or Hub id, as asked for
+    revision: str | None  # Hub commit, when there is one
+    config_sha256: str
+    dtype: str  # of the checkpoint's tensors: "bfloat16", ...
+
+
+class Geometry(Struct):
+    """The shape of the text model, from config.json alone, under its own names."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    global_head_dim: int
+    sliding_window: int
+    layer_types: tuple[LayerType, ...]
+    num_kv_shared_layers: int
+    hidden_size_per_layer_input: int
+    vocab_size_per_layer_input: int
+    final_logit_softcapping: float | None
+    max_position_embeddings: int
+
+
+class LayerCache(Struct):
+    """The key/value cache of one layer that is not KV-shared: two tensors (1, kv_heads, capacity, head_dim)."""
+
+    index: int  # number in the graph's `past_key_values.{index}.key`
+    layer_type: LayerType
+    kv_heads: int
+    capacity: int  # tokens: the context, or sliding_window + slack
+    head_dim: int
+
+
+class Caches(Struct):
+    """All caches of one sequence."""
+
+    context: int  # tokens the full-attention layers can hold
+    dtype: KvDtype
+    layers: tuple[LayerCache, ...]
+    size_bytes: int
+
+
+class Tokens(Struct):
+    """Token ids that the runtime must know, from the checkpoint's own files."""
+
+    bos: int
+    pad: int
+    eos: tuple[int, ...]  # generation stops on any of these
+
+
+class RuntimeSettings(Struct):
+    """What the device profile fixed."""
+
+    execution_provider: Literal["cpu", "cuda"]
+    threads: int
+    prefill_chunk: int  # tokens
+    memory_budget_mib: int
+
+
+class Quantized(Struct):
+    """How one tensor was stored, and what that cost."""
+
+    tensor: str
+    bits: int
+    block_size: int
+    method: str
+    relative_error: float  # |W - Wq|_F / |W|_F
+
+
+class Memory(Struct):
+    """Predicted memory of a running engine, in bytes."""
+
+    weights_bytes: int  # held in RAM: everything but the embedding tables
+    mapped_bytes: int  # embedding tables, mapped from disk and evictable
+    kv_bytes: int
+    overhead_bytes: int  # interpreter, libraries, activations of one prefill chunk
+    read_per_token_bytes: int  # weights read for one decoded token
+
+
+class FileEntry(Struct):
+    """One file of the bundle."""
+
+    size_bytes: int
+    sha256: str
+
+
+class Manifest(Struct):
+    """The bundle's table of contents."""
+
+    format_version: int
+    created: str  # ISO 8601, UTC
+    source: Source
+    device: str  # profile name
+    recipe: str
+    geometry: Geometry
+    caches: Caches
+    tokens: Tokens
+    runtime: RuntimeSettings
+    quantization: tuple[Quantized, ...]
+    memory: Memory
+    files: dict[str, FileEntry]
+    versions: dict[str, str]  # package -> version that made the bundle
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: its folder and its manifest."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def decoder(self) -> Path:
+        return self.path / "decoder.onnx"
+
+    @property
+    def embeddings(self) -> Path:
+        return self.path / "embeddings.onnx"
+
+    @property
+    def name(self) -> str:
+        """The name under which the model is served."""
+        return self.path.resolve().name
+
+
+def open_bundle(path: Path | str, *, verify_hashes: bool = False) -> Bundle:
+    """Open a bundle folder and check that every file is there with its size (and hash, if asked: reads all).
+
+    Raises BundleError saying what is wrong and what to do.
+    """
+    folder = Path(path)
+    manifest_path = folder / MANIFEST
+    if not folder.is_dir():
+        raise BundleError(f"{folder}: no such bundle folder; make one with `gemma-edge export`")
+    if not manifest_path.is_file():
+        raise BundleError(f"{folder}: not a bundle (no {MANIFEST}); make one with `gemma-edge export`")
+    try:
+        data = msgspec.json.decode(manifest_path.read_bytes())
+    except msgspec.DecodeError as cause:
+        raise BundleError(f"{manifest_path}: not valid JSON ({cause}); export the bundle again") from cause
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if version != FORMAT_VERSION:
+        raise BundleError(
+            f"{manifest_path}: format version {version}, this gemma-edge reads {FORMAT_VERSION}; "
+            "export the bundle again or install the matching version"
+        )
+    manifest = convert(data, Manifest, str(manifest_path), BundleError)
+    for name, entry in manifest.files.items():
+        file = folder / name
+        if not file.is_file():
+            raise BundleError(f"{folder}: {name} is missing; copy the bundle again or export it again")
+        size = file.stat().st_size
+        if size != entry.size_bytes:
+            raise BundleError(f"{file}: {size} bytes, the manifest says {entry.size_bytes}; copy it again")
+        if verify_hashes and sha256_file(file) != entry.sha256:
+            raise BundleError(f"{file}: its SHA-256 differs from the manifest's; copy it again")
+    return Bundle(folder, manifest)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
