@@ -1,0 +1,416 @@
+"""Random smart-home dialogues: tools declared, commands given, tools called in Gemma 4's syntax, answers.
+
+Tool and parameter names vary, so that the declaration has to be read. `held_out=True` draws rooms, devices
+and values that training never uses.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+from .words import invented_word, place
+
+_ROOMS = (
+    """
+kitchen|living room|bedroom|bathroom|hallway|office|garage|attic|cellar|garden|balcony|dining room|guest room
+nursery|study|laundry room|workshop|greenhouse|porch|staircase|playroom|basement|lobby|terrace|pantry
+""".replace("\n", "|")
+    .strip("|")
+    .split("|")
+)
+_HELD_OUT_ROOMS = (
+    "conservatory|library|music room|wine cellar|boathouse|sun room|utility room|mud room|gym".split("|")
+)
+_HELD_OUT_LABELS = "risotto|sourdough|meditation|violin practice".split("|")
+_LABELS = "pasta|eggs|tea|laundry|pizza|bread|nap|workout|homework|rice|coffee|break|cake|call|plants".split(
+    "|"
+)
+_DEVICES = (
+    """
+coffee machine|heater|pump|radio|television|humidifier|dehumidifier|air purifier|printer|charger|fountain
+router|floor lamp|desk lamp|kettle|dishwasher|washing machine|dryer|oven|freezer|sprinkler
+""".replace("\n", "|")
+    .strip("|")
+    .split("|")
+)
+_HELD_OUT_DEVICES = "projector|aquarium pump|towel warmer|sewing machine|telescope mount".split("|")
+_DOORS = "front door|back door|garage door|garden gate|side door|cellar door|patio door".split("|")
+_HELD_OUT_DOORS = "barn door|stable gate|roof hatch".split("|")
+_MESSAGES = (
+    """
+dinner is ready|we leave in ten minutes|the door is open
+good night|please come down|it is raining
+""".replace("\n", "|")
+    .strip("|")
+    .split("|")
+)
+_HELD_OUT_MESSAGES = "the cake is in the oven|grandma has arrived|the bus comes soon".split("|")
+_SENSOR_ENDS = ("temperature", "humidity", "co2", "power", "level")
+
+
+def _room(rng: random.Random, held_out: bool) -> str:
+    if rng.random() < 0.25:
+        return place(rng, held_out)
+    return rng.choice(_HELD_OUT_ROOMS if held_out else _ROOMS)
+
+
+def _device(rng: random.Random, held_out: bool) -> str:
+    if rng.random() < 0.15:
+        return f"{invented_word(rng)} {rng.choice(['pump', 'lamp', 'fan', 'plug'])}"
+    return rng.choice(_HELD_OUT_DEVICES if held_out else _DEVICES)
+
+
+def _integer(low: int, high: int):  # type: ignore[no-untyped-def]
+    """Whole numbers; the fifth that leaves remainder 3 is held out."""
+
+    def draw(rng: random.Random, held_out: bool) -> int:
+        while True:
+            value = rng.randint(low, high)
+            if (value % 5 == 3) == held_out:
+                return value
+
+    return draw
+
+
+def _one_of(train: list[str], held_out_list: list[str]):  # type: ignore[no-untyped-def]
+    return lambda rng, held_out: rng.choice(held_out_list if held_out else train)
+
+
+def _clock(rng: random.Random, held_out: bool) -> str:
+    minute = rng.choice([3, 8, 13, 23, 38, 53] if held_out else [0, 5, 10, 15, 20, 30, 40, 45, 50])
+    return f"{rng.randint(0, 23):02d}:{minute:02d}"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter: names it may have, its JSON type, its values, and whether a command may leave it out."""
+
+    names: tuple[str, ...]
+    type: str
+    draw: Any  # (rng, held_out) -> value
+    description: str
+    enum: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """A way to ask: a template over slot keys, with the values that the words themselves fix."""
+
+    text: str
+    fixed: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Action:
+    """A kind of tool: names, descriptions, slots and phrases."""
+
+    names: tuple[str, ...]
+    descriptions: tuple[str, ...]
+    slots: dict[str, Slot]
+    phrases: tuple[Phrase, ...]
+    done: str
+
+
+_ROOM = Slot(("room", "area", "location"), "string", _room, "Name of the room")
+_ONOFF = Slot(("state", "power"), "string", None, "on or off", ("on", "off"))
+
+
+def P(text: str, **fixed: Any) -> Phrase:
+    return Phrase(text, fixed)
+
+
+ACTIONS = (
+    Action(
+        ("set_light", "light_set", "control_light"),
+        ("Set the light of a room.", "Control the lights."),
+        {
+            "room": _ROOM,
+            "level": Slot(
+                ("brightness", "level", "percent"), "integer", _integer(1, 100), "Brightness in percent"
+            ),
+        },
+        (
+            P("Set the {room} light to {level} percent."),
+            P("Dim the lights in the {room} to {level}%."),
+            P("{room} lights at {level} please"),
+            P("Make the {room} light {level} percent bright."),
+            P("I want {level} percent light in the {room}."),
+            P("brightness {level} in the {room}"),
+        ),
+        "The {room} light is at {level} percent.",
+    ),
+    Action(
+        ("switch_light", "turn_light", "light_power"),
+        ("Switch the light of a room on or off.", "Turn lights on and off."),
+        {"room": _ROOM, "state": _ONOFF},
+        (
+            P("Turn on the light in the {room}.", state="on"),
+            P("Turn off the {room} light.", state="off"),
+            P("Lights off in the {room} please.", state="off"),
+            P("Lights on in the {room}.", state="on"),
+            P("It is dark in the {room}.", state="on"),
+            P("Switch the {room} lights off", state="off"),
+            P("Switch the {room} lights on", state="on"),
+        ),
+        "The {room} light is {state}.",
+    ),
+    Action(
+        ("set_temperature", "set_thermostat", "climate_set"),
+        ("Set the target temperature of a room.", "Control the heating."),
+        {
+            "room": _ROOM,
+            "celsius": Slot(("celsius", "temperature", "target"), "integer", _integer(5, 32), "Target in °C"),
+        },
+        (
+            P("Heat the {room} to {celsius} degrees."),
+            P("Set the {room} thermostat to {celsius}."),
+            P("Make it {celsius} degrees in the {room}."),
+            P("I want {celsius} °C in the {room}"),
+            P("{room} temperature {celsius} please"),
+            P("Cool the {room} down to {celsius} degrees."),
+        ),
+        "The {room} is set to {celsius} °C.",
+    ),
+    Action(
+        ("set_blinds", "move_blinds", "cover_position"),
+        ("Move the blinds of a room.", "Open or close blinds."),
+        {
+            "room": _ROOM,
+            "position": Slot(("position", "open_percent"), "integer", _integer(1, 99), "0 closed, 100 open"),
+        },
+        (
+            P("Open the blinds in the {room} to {position} percent."),
+            P("Set the {room} blinds to {position}%."),
+            P("Close the {room} blinds.", position=0),
+            P("Open the {room} blinds.", position=100),
+            P("Blinds in the {room} at {position} percent please."),
+            P("Shut the blinds in the {room}", position=0),
+        ),
+        "The {room} blinds are at {position} percent.",
+    ),
+    Action(
+        ("lock_door", "set_lock", "door_lock"),
+        ("Lock or unlock a door.", "Control a door's lock."),
+        {
+            "door": Slot(("door", "name"), "string", _one_of(_DOORS, _HELD_OUT_DOORS), "Name of the door"),
+            "locked": Slot(("locked", "lock"), "boolean", None, "true to lock"),
+        },
+        (
+            P("Lock the {door}.", locked=True),
+            P("Unlock the {door}.", locked=False),
+            P("Please make sure the {door} is locked", locked=True),
+            P("Open the lock of the {door}.", locked=False),
+            P("{door} locked please", locked=True),
+        ),
+        "Done.",
+    ),
+    Action(
+        ("set_fan", "fan_speed", "ventilate"),
+        ("Set the fan of a room.", "Control ventilation."),
+        {
+            "room": _ROOM,
+            "speed": Slot(("speed", "mode"), "string", None, "Fan speed", ("off", "low", "medium", "high")),
+        },
+        (
+            P("Set the fan in the {room} to low.", speed="low"),
+            P("{room} fan on high.", speed="high"),
+            P("Run the {room} fan at medium speed.", speed="medium"),
+            P("Turn the {room} fan off.", speed="off"),
+            P("Full ventilation in the {room}!", speed="high"),
+            P("A little air in the {room} please.", speed="low"),
+        ),
+        "The {room} fan is {speed}.",
+    ),
+    Action(
+        ("switch_device", "set_switch", "plug_control"),
+        ("Switch a device on or off.", "Control a smart plug."),
+        {
+            "device": Slot(("device", "name", "plug"), "string", _device, "Name of the device"),
+            "state": _ONOFF,
+        },
+        (
+            P("Turn on the {device}.", state="on"),
+            P("Turn off the {device}.", state="off"),
+            P("Switch the {device} off please.", state="off"),
+            P("Start the {device}", state="on"),
+            P("Stop the {device}.", state="off"),
+            P("I need the {device}.", state="on"),
+        ),
+        "The {device} is {state}.",
+    ),
+    Action(
+        ("start_timer", "set_timer", "timer_start"),
+        ("Start a timer.", "Start a countdown."),
+        {
+            "minutes": Slot(
+                ("minutes", "duration_minutes"), "integer", _integer(1, 180), "Length in minutes"
+            ),
+            "label": Slot(("label", "name"), "string", _one_of(_LABELS, _HELD_OUT_LABELS), "What it is for"),
+        },
+        (
+            P("Set a {minutes} minute timer for {label}."),
+            P("Remind me about {label} in {minutes} minutes."),
+            P("Timer {minutes} minutes, {label}"),
+            P("Start a timer for {label}: {minutes} minutes."),
+        ),
+        "Timer for {label}: {minutes} minutes.",
+    ),
+    Action(
+        ("set_alarm", "alarm_set", "wake_up"),
+        ("Set an alarm.", "Set a wake-up time."),
+        {"time": Slot(("time", "at"), "string", _clock, "Time as HH:MM")},
+        (
+            P("Wake me at {time}."),
+            P("Set an alarm for {time}."),
+            P("I have to get up at {time}"),
+            P("Alarm {time} please."),
+        ),
+        "Alarm set for {time}.",
+    ),
+    Action(
+        ("water_zone", "start_irrigation", "irrigate"),
+        ("Water a zone of the garden.", "Run the irrigation."),
+        {
+            "zone": Slot(("zone", "area"), "string", place, "Name of the zone"),
+            "minutes": Slot(("minutes", "duration"), "integer", _integer(1, 60), "How long, in minutes"),
+        },
+        (
+            P("Water {zone} for {minutes} minutes."),
+            P("Irrigate {zone}, {minutes} minutes."),
+            P("Run the irrigation of {zone} for {minutes} min"),
+            P("Give {zone} water for {minutes} minutes please."),
+        ),
+        "Watering {zone} for {minutes} minutes.",
+    ),
+    Action(
+        ("announce", "say", "broadcast"),
+        ("Say a message in a room.", "Play an announcement."),
+        {
+            "room": _ROOM,
+            "message": Slot(
+                ("message", "text"), "string", _one_of(_MESSAGES, _HELD_OUT_MESSAGES), "What to say"
+            ),
+        },
+        (
+            P("Tell the {room}: {message}."),
+            P("Announce in the {room} that {message}."),
+            P("Say {message} in the {room}."),
+        ),
+        "Done.",
+    ),
+    Action(
+        ("read_sensor", "get_sensor", "sensor_value"),
+        ("Read a sensor.", "Get the current value of a sensor."),
+        {
+            "sensor": Slot(
+                ("sensor", "name", "id"),
+                "string",
+                lambda rng, held_out: f"{place(rng, held_out)}/{rng.choice(_SENSOR_ENDS)}",
+                "Name of the sensor",
+            )
+        },
+        (
+            P("What does {sensor} read?"),
+            P("Read {sensor}."),
+            P("Current value of {sensor}?"),
+            P("How is {sensor} now?"),
+        ),
+        "{sensor} reads {value}.",
+    ),
+)
+_SYSTEMS = (
+    "You control a home. Call a tool when one fits.",
+    "You are a home assistant. Use the tools.",
+    "You are a voice assistant on a small device.",
+    "Act on the user's commands with the tools given.",
+    "",
+)
+NO_TOOL = "I have no tool for that."
+
+
+@dataclass(frozen=True)
+class _Tool:
+    """An action under the names it has in one dialogue."""
+
+    action: Action
+    name: str
+    keys: dict[str, str]  # slot -> parameter name
+
+    def declaration(self, description: str) -> dict[str, Any]:
+        properties: dict[str, Any] = {}
+        for key, slot in self.action.slots.items():
+            schema: dict[str, Any] = {"type": slot.type, "description": slot.description}
+            if slot.enum:
+                schema["enum"] = list(slot.enum)
+            properties[self.keys[key]] = schema
+        return {
+            "type": "function",
+            "function": {
+                "name": self.name,
+                "description": description,
+                "parameters": {"type": "object", "properties": properties, "required": list(properties)},
+            },
+        }
+
+
+def random_commands(
+    rng: random.Random, *, held_out: bool = False
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(messages, tools) of a dialogue of one to four commands, each with its tool call, result and answer."""
+    chosen = rng.sample(ACTIONS, rng.randint(1, 4))
+    tools = [
+        _Tool(a, rng.choice(a.names), {key: rng.choice(slot.names) for key, slot in a.slots.items()})
+        for a in chosen
+    ]
+    messages: list[dict[str, Any]] = []
+    if system := rng.choice(_SYSTEMS):
+        messages.append({"role": "system", "content": system})
+    for _ in range(rng.randint(1, 4)):
+        if rng.random() < 0.1:
+            other = rng.choice([a for a in ACTIONS if a not in chosen])
+            text, _values = _command(rng, other, held_out)
+            messages += [{"role": "user", "content": text}, {"role": "assistant", "content": NO_TOOL}]
+            continue
+        messages += _exchange(rng, rng.choice(tools), held_out)
+    return messages, [tool.declaration(rng.choice(tool.action.descriptions)) for tool in tools]
+
+
+def _command(rng: random.Random, action: Action, held_out: bool) -> tuple[str, dict[str, Any]]:
+    phrase = rng.choice(action.phrases)
+    values = {
+        key: phrase.fixed[key] if key in phrase.fixed else slot.draw(rng, held_out)
+        for key, slot in action.slots.items()
+    }
+    text = phrase.text.format(**values)
+    style = rng.random()
+    if style < 0.15:
+        text = (
+            text.lower() if not any(isinstance(v, str) and v != v.lower() for v in values.values()) else text
+        )
+    elif style < 0.3:
+        text = rng.choice(["Please: ", "Hey, ", "OK, "]) + text
+    return text, values
+
+
+def _exchange(rng: random.Random, tool: _Tool, held_out: bool) -> list[dict[str, Any]]:
+    text, values = _command(rng, tool.action, held_out)
+    call = {
+        "function": {"name": tool.name, "arguments": {tool.keys[key]: value for key, value in values.items()}}
+    }
+    result: dict[str, Any] = {"status": "ok"}
+    shown = dict(values)
+    if "{value}" in tool.action.done:
+        value = round(rng.uniform(-20, 2000), rng.randint(0, 2))
+        result = {"value": f"{value:g} {rng.choice(['°C', '%', 'ppm', 'W', 'bar'])}"}
+        shown["value"] = result["value"]
+    answer = tool.action.done.format(**shown)
+    if rng.random() < 0.06:
+        result, answer = {"error": "unreachable"}, "That failed: unreachable."
+    return [
+        {"role": "user", "content": text},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": tool.name, "content": result},
+        {"role": "assistant", "content": answer},
+    ]

@@ -1,0 +1,131 @@
+"""The corpus: seeded random dialogues, their token ids, and which of them the model itself writes."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from ..sensor_summary.prompt import SUMMARY_SYSTEM
+from ..sensor_summary.window import Window, render_window
+from .commands import random_commands
+from .windows import random_question, random_window, reference_summary
+
+Messages = list[dict[str, Any]]
+
+# How often each kind of dialogue comes.
+SUMMARY, QUESTIONS, COMMANDS = 0.52, 0.16, 0.32
+
+_OTHER_SYSTEMS = (
+    "Summarize the sensor window as JSON with title, summary, severity, anomalies and actions.",
+    "You summarize sensor data. Answer with one JSON object.",
+    "Write a JSON summary of these readings. Use only the names and numbers given.",
+)
+_QUESTION_SYSTEMS = (
+    "Answer questions about the sensor data. Use only the names and numbers given.",
+    "You answer questions about sensors, briefly.",
+    "Answer in one sentence.",
+    "",
+)
+
+
+def random_dialogue(rng: random.Random) -> tuple[Messages, list[dict[str, Any]]]:
+    """(messages, tools) of one training dialogue."""
+    kind = rng.random()
+    if kind < SUMMARY:
+        return summary_dialogue(rng, random_window(rng)), []
+    if kind < SUMMARY + QUESTIONS:
+        return question_dialogue(rng, random_window(rng)), []
+    return random_commands(rng)
+
+
+def summary_dialogue(rng: random.Random, window: Window) -> Messages:
+    """A window, its summary, and sometimes questions about it."""
+    system = SUMMARY_SYSTEM if rng.random() < 0.8 else rng.choice(_OTHER_SYSTEMS)
+    messages = [
+        {"role": "system", "content": system},
+        {"role": "user", "content": render_window(window)},
+        {"role": "assistant", "content": msgspec.json.encode(reference_summary(window)).decode()},
+    ]
+    for _ in range(rng.choice([0, 0, 1, 2, 3])):
+        messages += _question_turn(rng, window)
+    return messages
+
+
+def question_dialogue(rng: random.Random, window: Window) -> Messages:
+    """A window and one to five questions about it, the first in the same message."""
+    messages: Messages = []
+    if system := rng.choice(_QUESTION_SYSTEMS):
+        messages.append({"role": "system", "content": system})
+    for turn in range(rng.randint(1, 5)):
+        messages += _question_turn(rng, window)
+        if turn == 0:
+            messages[-2]["content"] = f"{render_window(window)}\n\n{messages[-2]['content']}"
+    return messages
+
+
+def _question_turn(rng: random.Random, window: Window) -> Messages:
+    question, answer = random_question(rng, window)
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+class Encoder:
+    """Dialogues to token ids, with the checkpoint's own tokenizer and chat template."""
+
+    def __init__(self, folder: Path) -> None:
+        from tokenizers import Tokenizer
+
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.template = compile_template((folder / "chat_template.jinja").read_text(encoding="utf-8"))
+        ids = self.tokenizer.token_to_id
+        self.turn, self.end = ids("<|turn>"), ids("<turn|>")
+        self.response, self.response_end = ids("<|tool_response>"), ids("<tool_response|>")
+        self.head = self.tokenizer.encode("<|turn>model\n", add_special_tokens=False).ids
+
+    def render(self, messages: Messages, tools: list[dict[str, Any]], *, prompt: bool = False) -> str:
+        """The text of a dialogue; `prompt`: up to where the model goes on."""
+        return self.template.render(
+            messages=messages, tools=tools or None, bos_token="<bos>", add_generation_prompt=prompt
+        )
+
+    def encode(self, messages: Messages, tools: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, learned): uint16 token ids, and True where the model itself writes the token."""
+        text = self.render(messages, tools)
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        learned = np.zeros(len(ids), dtype=bool)
+        writing, position = False, 0
+        while position < len(ids):
+            if not writing and ids[position : position + len(self.head)] == self.head:
+                writing, position = True, position + len(self.head)
+                continue
+            if ids[position] == self.response:
+                # The model stops by writing <|tool_response>; what the tool says is not its own.
+                learned[position] = writing
+                while ids[position] != self.response_end:
+                    position += 1
+            else:
+                learned[position] = writing
+                writing = writing and ids[position] != self.end
+            position += 1
+        return np.asarray(ids, dtype=np.uint16), learned
+
+
+def compile_template(source: str) -> Any:
+    """A chat template, compiled as transformers does it."""
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
+    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
+    environment.globals["raise_exception"] = _raise
+    return environment.from_string(source)
+
+
+def _raise(message: str) -> None:
+    raise ValueError(message)

@@ -1,0 +1,269 @@
+"""The vocabulary of the corpus: places, quantities, sites. Held-out words never occur in training."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+PLACES = """
+bench bed bay hall room attic cellar garage kitchen office lab workshop store dock yard roof barn silo shed
+pond tank pump boiler chiller fan duct vent filter valve line press oven kiln mixer mill belt lift tower
+rack cabinet server panel inverter meter battery charger turbine well pipe main east west north south upper
+lower inner outer front back left right zone area unit block level floor wing gate door window wall stall
+pen coop hive field plot row nursery propagation canopy compost reservoir basin sump channel canal quay
+berth hold bridge cabin galley deck archive gallery library classroom gym pool sauna lobby atrium corridor
+stair elevator parking depot warehouse freezer fridge cooler coldroom display counter bakery brewery winery
+dairy cellarage fermenter still vat cask clinic ward pharmacy theatre morgue nursery2 incubator vivarium
+aquarium terrarium paddock stable kennel
+""".split()
+HELD_OUT_PLACES = """
+orchard pergola bunker hangar chapel pantry scullery foundry smithy lagoon culvert jetty veranda cloister
+smokehouse tannery apiary arboretum weir sluice bellows crucible loft scaffold parlour gatehouse icehouse
+""".split()
+SITES = """
+greenhouse farm building plant factory depot school hospital station warehouse office campus museum hotel
+brewery dairy orchardhouse vineyard harbour marina tunnel mine quarry sawmill bakery laundry datacenter clinic
+lab observatory stadium arena market terminal garage barn villa house cottage tower block estate colony
+""".split()
+HELD_OUT_SITES = (
+    "monastery lighthouse distillery fishery heliport seminary aquaduct refinery glasshouse".split()
+)
+_ONSETS = "b c d f g h j k l m n p r s t v w z br ch cr dr fl gr kl pl pr sch sh sk sl st str th tr".split()
+_VOWELS = "a e i o u ai au ea ei ie io oo ou".split()
+_CODAS = ["", "", "", "n", "r", "l", "s", "t", "m", "x", "nd", "rk", "st", "ck", "lm"]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A kind of measurement: its names, its units with a usual range, and what to do beyond a limit."""
+
+    names: tuple[str, ...]
+    units: tuple[tuple[str, float, float, int], ...]  # unit, usual low, usual high, decimals
+    above: str
+    below: str
+    short: tuple[str, ...] = ()
+
+
+_T = ("Check cooling and ventilation at {}.", "Check heating at {}.")
+QUANTITIES = (
+    Quantity(("temperature", "room temperature"), (("°C", 16, 28, 1), ("°F", 60, 82, 1)), *_T, ("temp", "t")),
+    Quantity(
+        ("air temperature", "ambient temperature"), (("°C", 5, 32, 1), ("°F", 41, 90, 1)), *_T, ("air", "ta")
+    ),
+    Quantity(("water temperature", "flow temperature"), (("°C", 10, 65, 1),), *_T, ("water_temp", "tw")),
+    Quantity(("soil temperature", "surface temperature"), (("°C", 4, 28, 1),), *_T, ("soil_temp", "ts")),
+    Quantity(("freezer temperature", "cold store temperature"), (("°C", -26, -16, 1),), *_T, ("cold", "tf")),
+    Quantity(
+        ("humidity", "relative humidity", "air humidity"),
+        (("%", 30, 80, 0), ("%", 30, 80, 1), ("%RH", 35, 75, 1)),
+        "Check ventilation at {}.",
+        "Check humidification at {}.",
+        ("hum", "rh"),
+    ),
+    Quantity(
+        ("soil moisture", "substrate moisture"),
+        (("%", 25, 70, 0), ("%", 25, 70, 1)),
+        "Check drainage at {}.",
+        "Check irrigation at {}.",
+        ("moisture", "soil"),
+    ),
+    Quantity(
+        ("CO2", "carbon dioxide"),
+        (("ppm", 400, 1500, 0),),
+        "Ventilate {}.",
+        "Check the CO2 supply at {}.",
+        ("co2",),
+    ),
+    Quantity(
+        ("PM2.5", "particulate matter", "dust"),
+        (("µg/m3", 2, 60, 0), ("µg/m3", 2, 60, 1)),
+        "Check air filters at {}.",
+        "Inspect {}.",
+        ("pm", "dust"),
+    ),
+    Quantity(
+        ("VOC", "air quality index"),
+        (("ppb", 50, 900, 0), ("", 10, 200, 0)),
+        "Ventilate {}.",
+        "Inspect {}.",
+        ("voc", "aqi"),
+    ),
+    Quantity(
+        ("tank level", "water level", "level", "fill level"),
+        (("%", 15, 95, 0), ("cm", 40, 260, 0), ("m", 0.6, 4.5, 2)),
+        "Check the inlet and overflow of {}.",
+        "Refill {} and look for a leak.",
+        ("level", "lvl"),
+    ),
+    Quantity(
+        ("flow", "flow rate", "water flow"),
+        (("l/min", 4, 60, 1), ("m3/h", 1, 30, 2)),
+        "Check valves at {}.",
+        "Check the pump at {}.",
+        ("flow", "q"),
+    ),
+    Quantity(
+        ("pressure", "line pressure", "air pressure"),
+        (("bar", 1, 8, 2), ("kPa", 90, 620, 0), ("hPa", 980, 1040, 0)),
+        "Check the regulator at {}.",
+        "Check the pump at {}.",
+        ("press", "p"),
+    ),
+    Quantity(
+        ("power", "electric power", "heat output"),
+        (("W", 50, 3500, 0), ("kW", 0.5, 48, 2)),
+        "Reduce the load at {}.",
+        "Check the supply of {}.",
+        ("power", "pw"),
+    ),
+    Quantity(
+        ("voltage", "mains voltage"),
+        (("V", 218, 242, 1), ("V", 11.2, 14.6, 2)),
+        "Check the supply of {}.",
+        "Check the supply of {}.",
+        ("volt", "u"),
+    ),
+    Quantity(
+        ("current", "motor current"),
+        (("A", 0.5, 32, 2), ("A", 2, 120, 1)),
+        "Reduce the load at {}.",
+        "Check the supply of {}.",
+        ("amps", "i"),
+    ),
+    Quantity(
+        ("energy", "daily energy"),
+        (("kWh", 1, 300, 1),),
+        "Reduce the load at {}.",
+        "Inspect {}.",
+        ("energy",),
+    ),
+    Quantity(
+        ("battery", "battery level", "state of charge"),
+        (("%", 20, 100, 0),),
+        "Check the charger of {}.",
+        "Charge or replace the battery of {}.",
+        ("bat", "soc"),
+    ),
+    Quantity(
+        ("vibration", "bearing vibration"),
+        (("mm/s", 0.4, 7, 2),),
+        "Inspect the bearings of {}.",
+        "Inspect {}.",
+        ("vib",),
+    ),
+    Quantity(
+        ("speed", "fan speed", "motor speed"),
+        (("rpm", 300, 2900, 0),),
+        "Check the drive of {}.",
+        "Check the drive of {}.",
+        ("speed", "rpm"),
+    ),
+    Quantity(
+        ("light", "illuminance", "light level"),
+        (("lux", 100, 40000, 0), ("lx", 80, 1200, 0)),
+        "Check the shading at {}.",
+        "Check the lamps at {}.",
+        ("light", "lux"),
+    ),
+    Quantity(
+        ("noise", "sound level"),
+        (("dB", 35, 85, 0), ("dB", 35, 85, 1)),
+        "Look for the source of noise at {}.",
+        "Inspect {}.",
+        ("noise", "spl"),
+    ),
+    Quantity(
+        ("pH",),
+        (("", 5.2, 7.9, 2), ("", 5.2, 7.9, 1)),
+        "Check the dosing at {}.",
+        "Check the dosing at {}.",
+        ("ph",),
+    ),
+    Quantity(
+        ("conductivity", "EC"),
+        (("mS/cm", 0.8, 3.4, 2),),
+        "Check the dosing at {}.",
+        "Check the dosing at {}.",
+        ("ec",),
+    ),
+    Quantity(
+        ("dissolved oxygen", "oxygen"),
+        (("mg/l", 4, 11, 1),),
+        "Check the aeration at {}.",
+        "Check the aeration at {}.",
+        ("do", "o2"),
+    ),
+    Quantity(
+        ("wind speed", "air speed"),
+        (("m/s", 0, 16, 1), ("km/h", 0, 60, 0)),
+        "Secure loose parts at {}.",
+        "Inspect {}.",
+        ("wind",),
+    ),
+    Quantity(
+        ("weight", "load"),
+        (("kg", 20, 900, 0), ("t", 1, 38, 1)),
+        "Check the load at {}.",
+        "Check the load at {}.",
+        ("weight", "kg"),
+    ),
+    Quantity(
+        ("frequency", "grid frequency"),
+        (("Hz", 49.7, 50.3, 2),),
+        "Check the inverter at {}.",
+        "Check the inverter at {}.",
+        ("freq",),
+    ),
+    Quantity(
+        ("valve position", "damper position", "opening"),
+        (("%", 0, 100, 0),),
+        "Check the actuator of {}.",
+        "Check the actuator of {}.",
+        ("pos",),
+    ),
+    Quantity(
+        ("occupancy", "people count"), (("", 0, 60, 0),), "Check access to {}.", "Inspect {}.", ("people",)
+    ),
+)
+GENERIC = ("Inspect {}.", "Inspect {}.")
+SILENT_ACTION = "Check power and connection of {}."
+
+
+def invented_word(rng: random.Random) -> str:
+    """A word that nobody has seen."""
+    return "".join(
+        rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(rng.randint(1, 3))
+    )
+
+
+def place(rng: random.Random, held_out: bool) -> str:
+    """One part of a sensor's name."""
+    kind = rng.random()
+    if kind < 0.45:
+        word = rng.choice(HELD_OUT_PLACES if held_out else PLACES)
+    elif kind < 0.75:
+        word = invented_word(rng)
+    else:
+        return "".join(
+            rng.choice("abcdefghijklmnopqrstuvwxyz0123456789ABCDEF") for _ in range(rng.randint(2, 8))
+        )
+    return f"{word}{rng.choice(['-', '', '_'])}{rng.randint(1, 40)}" if rng.random() < 0.5 else word
+
+
+def site(rng: random.Random, held_out: bool) -> str:
+    """A site's name, of one or two words."""
+    word = rng.choice(HELD_OUT_SITES if held_out else SITES) if rng.random() < 0.6 else invented_word(rng)
+    if rng.random() < 0.3:
+        word = word.capitalize()
+    if rng.random() < 0.1:
+        return f"{word} {rng.randint(1, 40)}"
+    tail = rng.choice(
+        [
+            "",
+            f"-{rng.randint(1, 99)}",
+            f"-{rng.choice('abcdefgh')}",
+            f"_{invented_word(rng)}",
+            f"-{rng.choice(['north', 'south', 'east', 'west'])}",
+        ]
+    )
+    return word + tail
