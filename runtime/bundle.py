@@ -1,7 +1,7 @@
 """What a bundle is: the manifest's schema and the check that a folder holds a whole, undamaged bundle.
 
-`export` writes these structs, `runtime` reads them; docs/bundle.md describes them for people. Knows nothing of
-ONNX Runtime.
+`export` writes these structs, `runtime` reads them; docs/bundle.md describes them for people. Knows
+nothing of ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of everything in the manifest."""
 
 
-class Source(Struct):
+class Source(Struct, frozen=True):
     """Where the weights came from."""
 
     model: str  # folder name or Hub id, as asked for
@@ -36,7 +36,7 @@ class Source(Struct):
     dtype: str  # of the checkpoint's tensors: "bfloat16", ...
 
 
-class Geometry(Struct):
+class Geometry(Struct, frozen=True):
     """The shape of the text model, from config.json alone, under its own names."""
 
     vocab_size: int
@@ -56,8 +56,8 @@ class Geometry(Struct):
     max_position_embeddings: int
 
 
-class LayerCache(Struct):
-    """The key/value cache of one layer that is not KV-shared: two tensors (1, kv_heads, capacity, head_dim)."""
+class LayerCache(Struct, frozen=True):
+    """The key/value cache of one layer that is not KV-shared: 2 tensors (1, kv_heads, capacity, head_dim)."""
 
     index: int  # number in the graph's `past_key_values.{index}.key`
     layer_type: LayerType
@@ -66,7 +66,7 @@ class LayerCache(Struct):
     head_dim: int
 
 
-class Caches(Struct):
+class Caches(Struct, frozen=True):
     """All caches of one sequence."""
 
     context: int  # tokens the full-attention layers can hold
@@ -75,7 +75,7 @@ class Caches(Struct):
     size_bytes: int
 
 
-class Tokens(Struct):
+class Tokens(Struct, frozen=True):
     """Token ids that the runtime must know, from the checkpoint's own files."""
 
     bos: int
@@ -83,7 +83,7 @@ class Tokens(Struct):
     eos: tuple[int, ...]  # generation stops on any of these
 
 
-class RuntimeSettings(Struct):
+class RuntimeSettings(Struct, frozen=True):
     """What the device profile fixed."""
 
     execution_provider: Literal["cpu", "cuda"]
@@ -92,7 +92,7 @@ class RuntimeSettings(Struct):
     memory_budget_mib: int
 
 
-class Quantized(Struct):
+class Quantized(Struct, frozen=True):
     """How one tensor was stored, and what that cost."""
 
     tensor: str
@@ -102,7 +102,7 @@ class Quantized(Struct):
     relative_error: float  # |W - Wq|_F / |W|_F
 
 
-class Memory(Struct):
+class Memory(Struct, frozen=True):
     """Predicted memory of a running engine, in bytes."""
 
     weights_bytes: int  # held in RAM: everything but the embedding tables
@@ -112,14 +112,14 @@ class Memory(Struct):
     read_per_token_bytes: int  # weights read for one decoded token
 
 
-class FileEntry(Struct):
+class FileEntry(Struct, frozen=True):
     """One file of the bundle."""
 
     size_bytes: int
     sha256: str
 
 
-class Manifest(Struct):
+class Manifest(Struct, frozen=True):
     """The bundle's table of contents."""
 
     format_version: int

@@ -26,7 +26,7 @@ Bits = Literal["2", "4", "8"]
 HARDWARE_FIGURES = ("memory.total_mib", "memory.bandwidth_gb_s", "cpu.model", "cpu.cores")
 
 
-class ProfileMemory(Struct):
+class ProfileMemory(Struct, frozen=True):
     """Memory of the device, in MiB."""
 
     total_mib: Positive  # nominal: what the vendor sells, not what /proc/meminfo reports
@@ -38,7 +38,7 @@ class ProfileMemory(Struct):
             raise ValueError(f"budget_mib is {self.budget_mib}, expected under total_mib ({self.total_mib})")
 
 
-class ProfileCpu(Struct):
+class ProfileCpu(Struct, frozen=True):
     """Processor of the device."""
 
     arch: Literal["aarch64", "x86_64", "arm64"]  # as `uname -m` says; arm64 is macOS's word
@@ -52,14 +52,14 @@ class ProfileCpu(Struct):
             raise ValueError(f"threads is {self.threads}, expected at most cores ({self.cores})")
 
 
-class ProfileKvCache(Struct):
+class ProfileKvCache(Struct, frozen=True):
     """Key/value caches."""
 
     dtype: KvDtype
     sliding_slack: NotNegative  # tokens above the window; CUDA needs 0
 
 
-class ProfileDetect(Struct):
+class ProfileDetect(Struct, frozen=True):
     """How the device is recognised.
 
     `device_tree`, `cpus` and `tegra` identify it: where any of the three is given, one of them must match.
@@ -74,7 +74,7 @@ class ProfileDetect(Struct):
     min_memory_mib: NotNegative = 0  # as the system reports it, which is less than nominal
 
 
-class DeviceProfile(Struct):
+class DeviceProfile(Struct, frozen=True):
     """One device. `name` is the file's stem."""
 
     name: Name
