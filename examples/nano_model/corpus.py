@@ -84,6 +84,7 @@ class Encoder:
         ids = self.tokenizer.token_to_id
         self.turn, self.end = ids("<|turn>"), ids("<turn|>")
         self.response, self.response_end = ids("<|tool_response>"), ids("<tool_response|>")
+        self.stops = [ids("<eos>"), self.end, self.response]
         self.head = self.tokenizer.encode("<|turn>model\n", add_special_tokens=False).ids
 
     def render(self, messages: Messages, tools: list[dict[str, Any]], *, prompt: bool = False) -> str:

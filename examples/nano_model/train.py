@@ -1,0 +1,244 @@
+"""Train the nano model on the corpus, on one NVIDIA GPU, and write the checkpoint.
+
+    python -m gemma_edge.examples.nano_model.train OUT --tokenizer models/nano --steps 9000
+
+The corpus is drawn while training: no dialogue comes twice. The weights are transformers' own modules; only
+the walk through them is written here (`forward`, held against transformers in the tests), so that it compiles
+and packs many dialogues into one row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from transformers import Gemma4ForCausalLM
+
+from .corpus import Encoder, random_dialogue
+from .model import new_model, save_model
+
+ROW = 1536  # tokens; longer dialogues are left out
+ROWS = 40  # a batch
+
+Attend = Callable[[str, Tensor, Tensor, Tensor], Tensor]
+
+
+class Batches(IterableDataset[dict[str, Tensor]]):
+    """Endless batches of packed rows; each worker draws its own, seeded, dialogues."""
+
+    def __init__(self, folder: Path, seed: int, rows: int = ROWS, row: int = ROW) -> None:
+        self.folder, self.seed, self.rows, self.row = folder, seed, rows, row
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        worker = get_worker_info()
+        rng = random.Random(f"{self.seed}/{worker.id if worker else 0}")
+        torch.set_num_threads(1)
+        encoder = Encoder(self.folder)
+        waiting: list[tuple[np.ndarray, np.ndarray]] = []
+        while True:
+            ids = np.zeros((self.rows, self.row), dtype=np.int64)
+            document = np.full((self.rows, self.row), -1, dtype=np.int32)
+            position = np.zeros((self.rows, self.row), dtype=np.int64)
+            learned = np.zeros((self.rows, self.row), dtype=bool)
+            for r in range(self.rows):
+                used, number = 0, 0
+                while True:
+                    while len(waiting) < 12:
+                        waiting.append(encoder.encode(*random_dialogue(rng)))
+                    fitting = [i for i, (tokens, _) in enumerate(waiting) if len(tokens) <= self.row - used]
+                    if not fitting:
+                        waiting = [item for item in waiting if len(item[0]) <= self.row]
+                        if used:
+                            break
+                        continue
+                    tokens, own = waiting.pop(max(fitting, key=lambda i: len(waiting[i][0])))
+                    end = used + len(tokens)
+                    ids[r, used:end], document[r, used:end] = tokens, number
+                    position[r, used:end], learned[r, used:end] = np.arange(len(tokens)), own
+                    used, number = end, number + 1
+            yield {
+                "ids": torch.from_numpy(ids),
+                "document": torch.from_numpy(document),
+                "position": torch.from_numpy(position),
+                "learned": torch.from_numpy(learned),
+            }
+
+
+def forward(model: Gemma4ForCausalLM, ids: Tensor, position: Tensor, attend: Attend) -> Tensor:
+    """Last hidden states (batch, seq, hidden) of packed rows. `attend(layer_type, q, k, v)` masks."""
+    text = model.model
+    config = text.config
+    hidden = text.embed_tokens(ids)
+    per_layer = text.project_per_layer_inputs(hidden, text.get_per_layer_inputs(ids, hidden))
+    rotary = {kind: text.rotary_emb(hidden, position, kind) for kind in set(config.layer_types)}
+    shared: dict[str, tuple[Tensor, Tensor]] = {}
+    for index, layer in enumerate(text.layers[: config.num_hidden_layers]):
+        kind, attention = config.layer_types[index], layer.self_attn
+        cos, sin = (part[:, :, None] for part in rotary[kind])
+        x = layer.input_layernorm(hidden)
+        heads = (*x.shape[:2], -1, attention.head_dim)  # (batch, seq, heads, head_dim)
+        q = _rotate(attention.q_norm(attention.q_proj(x).view(heads)), cos, sin)
+        if not attention.is_kv_shared_layer:
+            k = _rotate(attention.k_norm(attention.k_proj(x).view(heads)), cos, sin)
+            v = attention.v_norm(attention.v_proj(x).view(heads))
+            shared[kind] = k.transpose(1, 2), v.transpose(1, 2)
+        o = attend(kind, q.transpose(1, 2), *shared[kind]).transpose(1, 2).flatten(2)
+        hidden = hidden + layer.post_attention_layernorm(attention.o_proj(o))
+        hidden = hidden + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(hidden)))
+        gated = layer.act_fn(layer.per_layer_input_gate(hidden)) * per_layer[:, :, index]
+        hidden = hidden + layer.post_per_layer_input_norm(layer.per_layer_projection(gated))
+        hidden = hidden * layer.layer_scalar
+    return text.norm(hidden)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
+
+
+def dense_attention(document: Tensor, window: int) -> Attend:
+    """Attention with dense masks: any device, slow."""
+    place = torch.arange(document.shape[1], device=document.device)
+    distance = place[:, None] - place[None, :]
+    same = (document[:, :, None] == document[:, None, :])[:, None]
+    masks = {
+        "full_attention": same & (distance >= 0),
+        "sliding_attention": same & (distance >= 0) & (distance < window),
+    }
+
+    def attend(kind: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=masks[kind], scale=1.0, enable_gqa=True)
+
+    return attend
+
+
+def block_attention(document: Tensor, window: int) -> Attend:
+    """Attention that skips the blocks outside a dialogue or the window (FlexAttention, CUDA)."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def full(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (document[b, q] == document[b, k]) & (q >= k)
+
+    def sliding(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return full(b, h, q, k) & (q - k < window)
+
+    rows, length = document.shape
+    masks: dict[str, Any] = {
+        kind: create_block_mask(rule, rows, None, length, length, device=document.device, _compile=True)
+        for kind, rule in (("full_attention", full), ("sliding_attention", sliding))
+    }
+
+    def attend(kind: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flex_attention(q, k, v, block_mask=masks[kind], scale=1.0, enable_gqa=True)
+
+    return attend
+
+
+def loss_of(model: Gemma4ForCausalLM, hidden: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """Mean cross entropy of the tokens that the model writes itself."""
+    wanted = batch["learned"][:, 1:] & (batch["document"][:, 1:] == batch["document"][:, :-1])
+    logits = model.lm_head(hidden[:, :-1][wanted]).float()
+    cap = model.config.final_logit_softcapping
+    return F.cross_entropy(torch.tanh(logits / cap) * cap, batch["ids"][:, 1:][wanted])
+
+
+def optimizer_of(model: Gemma4ForCausalLM, peak: float) -> torch.optim.Optimizer:
+    """AdamW; matrices decay, norms do not; embeddings learn at their own rate."""
+    tables = [p for n, p in model.named_parameters() if "embed" in n]
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    vectors = [p for n, p in model.named_parameters() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "peak": peak, "weight_decay": 0.1},
+        {"params": tables, "peak": peak, "weight_decay": 0.01},
+        {"params": vectors, "peak": peak, "weight_decay": 0.0},
+    ]
+    fused = next(model.parameters()).is_cuda
+    return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), eps=1e-9, fused=fused)
+
+
+def train(args: argparse.Namespace) -> dict[str, Any]:
+    """Train and save; returns what the run was and how it went."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_float32_matmul_precision("high")
+    model = new_model(args.seed).to(device)
+    optimizer = optimizer_of(model, args.learning_rate)
+    batches = Batches(args.tokenizer, args.seed, args.rows, args.row)
+    loader = DataLoader(batches, batch_size=None, num_workers=args.workers, pin_memory=device == "cuda")
+    walk = torch.compile(forward, dynamic=False) if device == "cuda" else forward
+    attention = block_attention if device == "cuda" else dense_attention
+    window = model.config.sliding_window
+    log: list[tuple[int, float]] = []
+    tokens, total, started = 0, torch.zeros((), device=device), time.time()
+    for step, batch in enumerate(loader):
+        if step == args.steps:
+            break
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * schedule(step, args.steps)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            attend = attention(batch["document"], window)
+            loss = loss_of(model, walk(model, batch["ids"], batch["position"], attend), batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        total += loss.detach()
+        tokens += batch["ids"].numel()
+        if (step + 1) % args.log_every == 0:
+            log.append((step + 1, total.item() / args.log_every))
+            seconds = time.time() - started
+            speed = f"{tokens / seconds:,.0f} tok/s, {seconds:.0f} s"
+            print(f"step {step + 1}/{args.steps} loss {log[-1][1]:.5f} {speed}", flush=True)
+            total.zero_()
+    save_model(model, args.out)
+    return {
+        "steps": args.steps,
+        "tokens": tokens,
+        "seed": args.seed,
+        "learning_rate": args.learning_rate,
+        "batch_tokens": args.rows * args.row,
+        "seconds": round(time.time() - started, 1),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "loss": log[-1][1] if log else None,
+    }
+
+
+def schedule(step: int, steps: int) -> float:
+    """Learning rate over its peak: a short warm-up, then straight down to zero."""
+    warm = min(300, steps // 10 + 1)
+    return min(1.0, (step + 1) / warm) * max(0.0, 1.0 - step / steps)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument(
+        "--tokenizer", type=Path, required=True, help="folder with tokenizer and chat template"
+    )
+    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--seed", type=int, default=20)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--rows", type=int, default=ROWS)
+    parser.add_argument("--row", type=int, default=ROW)
+    parser.add_argument("--workers", type=int, default=14)
+    parser.add_argument("--log-every", type=int, default=250)
+    args = parser.parse_args()
+    report = train(args)
+    (args.out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
