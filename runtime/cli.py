@@ -4,6 +4,19 @@ from __future__ import annotations
 
 import argparse
 
+from . import ask, detect, serve
+
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add every device-side sub-command."""
+    """Add every device-side sub-command. Importing these modules is cheap: they load the engine when run."""
+    devices = commands.add_parser("devices", help="list device profiles, or find the one of this machine")
+    detect.add_devices_arguments(devices)
+    devices.set_defaults(run=detect.run_devices)
+
+    one = commands.add_parser("ask", help="ask a bundle one question and stream the answer")
+    ask.add_ask_arguments(one)
+    one.set_defaults(run=ask.run_ask)
+
+    daemon = commands.add_parser("serve", help="run the daemon: HTTP on a unix socket, MQTT")
+    serve.add_serve_arguments(daemon)
+    daemon.set_defaults(run=serve.run_serve)

@@ -1,0 +1,153 @@
+"""The two ONNX Runtime sessions and their bindings: ids in, logits out; knows no sampling, stop ids or text.
+
+    ids -> embeddings.onnx -> inputs_embeds, per_layer_inputs -> decoder.onnx (+ caches, in place) -> logits
+
+Every buffer is allocated once. The embeddings session writes where the decoder session reads, and a decode
+step rebinds one input only: the attention mask, a longer view of one array of ones.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from .bundle import Bundle
+from .cache import KvCaches
+from .errors import BundleError
+
+_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_KEEP = "logits_to_keep"
+
+
+class Session:
+    """One sequence's model state: positions are the caller's, caches and buffers are here."""
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+        manifest = bundle.manifest
+        geometry = manifest.geometry
+        provider = manifest.runtime.execution_provider
+        self.chunk = min(manifest.runtime.prefill_chunk, manifest.caches.context)
+        self.caches = KvCaches(manifest.caches, provider)
+        self.decoder = _open(bundle.decoder, threads or manifest.runtime.threads, provider)
+        # A gather of a few rows gains nothing from a second pool of threads.
+        self.embeddings = _open(bundle.embeddings, 1, "cpu")
+        _check_inputs(bundle, self.decoder, self.caches)
+
+        context, chunk = manifest.caches.context, self.chunk
+        types = {value.name: _TYPES[value.type] for value in self.embeddings.get_outputs()}
+        per_layer = geometry.num_hidden_layers * geometry.hidden_size_per_layer_input
+        self._ids = np.zeros((1, chunk), np.int64)
+        self._embeds = np.zeros((1, chunk, geometry.hidden_size), types["inputs_embeds"])
+        self._per_layer = np.zeros((1, chunk, per_layer), types["per_layer_inputs"])
+        self._positions = np.zeros((1, chunk), np.int64)
+        self._ones = np.ones((1, context), np.int64)  # the mask: a view of it, as long as the sequence
+        self._keep = {rows: np.full((1,), rows, np.int64) for rows in (0, 1)}
+        types |= {
+            value.name: _TYPES[value.type] for value in self.decoder.get_outputs() if value.name == "logits"
+        }
+        self._logits = np.zeros((1, 1, geometry.vocab_size), types["logits"])
+
+        self._embed_step = self._bind_embeddings(1)
+        self._decode_step = self._bind_decoder(1, keep=1)
+        self._chunk_bindings: dict[tuple[int, int], tuple[ort.IOBinding, ort.IOBinding]] = {}
+        self._shrink = ort.RunOptions()
+        self._shrink.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+
+    @property
+    def logits(self) -> npt.NDArray[np.floating]:
+        """Logits of the last position run, (vocab,): a view that the next run overwrites."""
+        return self._logits[0, 0]
+
+    def prefill(self, ids: npt.NDArray[np.int64], position: int, *, last: bool) -> None:
+        """Run up to `chunk` ids at `position`, `position + 1`, …; `logits` is set only if `last`."""
+        rows = len(ids)
+        embed, decode = self._bindings_for(rows, keep=1 if last else 0)
+        self._ids[0, :rows] = ids
+        self._positions[0, :rows] = np.arange(position, position + rows)
+        self._bind_mask(decode, position + rows)
+        self.embeddings.run_with_iobinding(embed)
+        # The last chunk gives the arena's memory for wide activations back: decoding needs little.
+        self.decoder.run_with_iobinding(decode, self._shrink if last and rows > 1 else None)
+
+    def step(self, token: int, position: int) -> None:
+        """Run one id at `position` and set `logits`."""
+        self._ids[0, 0] = token
+        self._positions[0, 0] = position
+        self._bind_mask(self._decode_step, position + 1)
+        self.embeddings.run_with_iobinding(self._embed_step)
+        self.decoder.run_with_iobinding(self._decode_step)
+
+    def _bindings_for(self, rows: int, keep: int) -> tuple[ort.IOBinding, ort.IOBinding]:
+        """Bindings for a chunk. Only whole chunks and single rows come often: ragged ones are made anew."""
+        found = self._chunk_bindings.get((rows, keep))
+        if found is None:
+            found = (self._bind_embeddings(rows), self._bind_decoder(rows, keep))
+            if rows == self.chunk:
+                self._chunk_bindings[rows, keep] = found
+        return found
+
+    def _bind_embeddings(self, rows: int) -> ort.IOBinding:
+        binding = self.embeddings.io_binding()
+        _bind_input(binding, "input_ids", self._ids, (1, rows))
+        for name, buffer in (("inputs_embeds", self._embeds), ("per_layer_inputs", self._per_layer)):
+            binding.bind_output(name, "cpu", 0, buffer.dtype, (1, rows, buffer.shape[2]), buffer.ctypes.data)
+        return binding
+
+    def _bind_decoder(self, rows: int, keep: int) -> ort.IOBinding:
+        binding = self.decoder.io_binding()
+        for name, buffer in (("inputs_embeds", self._embeds), ("per_layer_inputs", self._per_layer)):
+            _bind_input(binding, name, buffer, (1, rows, buffer.shape[2]))
+        _bind_input(binding, "position_ids", self._positions, (1, rows))
+        _bind_input(binding, _KEEP, self._keep[keep], (1,))
+        self.caches.bind(binding)
+        if keep:
+            shape = self._logits.shape  # (1, 1, vocab)
+            binding.bind_output("logits", "cpu", 0, self._logits.dtype, shape, self._logits.ctypes.data)
+        else:
+            binding.bind_output("logits", "cpu")  # (1, 0, vocab): nothing to keep
+        return binding
+
+    def _bind_mask(self, binding: ort.IOBinding, length: int) -> None:
+        _bind_input(binding, "attention_mask", self._ones, (1, length))
+
+
+def _bind_input(binding: ort.IOBinding, name: str, buffer: npt.NDArray[Any], shape: tuple[int, ...]) -> None:
+    """Bind the first elements of `buffer` as a tensor of `shape`, uncopied: it must outlive the binding."""
+    binding.bind_input(name, "cpu", 0, buffer.dtype, shape, buffer.ctypes.data)
+
+
+def _open(path: Path, threads: int, provider: str) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    name = _PROVIDERS[provider]
+    if name not in ort.get_available_providers():
+        raise BundleError(
+            f"{path.parent}: made for {name}, this onnxruntime has only {ort.get_available_providers()}; "
+            "install onnxruntime-gpu or export for another device"
+        )
+    providers = [name] if provider == "cpu" else [name, _PROVIDERS["cpu"]]
+    try:
+        return ort.InferenceSession(str(path), options, providers=providers)
+    except Exception as cause:  # onnxruntime raises many classes, all derived from Exception alone
+        raise BundleError(f"{path}: onnxruntime cannot load it ({cause}); export the bundle again") from cause
+
+
+def _check_inputs(bundle: Bundle, decoder: ort.InferenceSession, caches: KvCaches) -> None:
+    """The graph and the manifest must speak of the same caches."""
+    have = {value.name for value in decoder.get_inputs()}
+    overridable = {value.name for value in decoder.get_overridable_initializers()}
+    past = {name for name in have if name.startswith("past_key_values.")}
+    if past != caches.input_names:
+        differing = ", ".join(sorted(past ^ caches.input_names)[:4])
+        raise BundleError(
+            f"{bundle.decoder}: its caches are not the manifest's ({differing}); export it again"
+        )
+    if _KEEP not in have | overridable:
+        raise BundleError(f"{bundle.decoder}: has no input {_KEEP}; export it again with this version")
