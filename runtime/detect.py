@@ -91,12 +91,11 @@ def _identify(profile: DeviceProfile, machine: Machine) -> str | None:
         return None
     if wanted.machines and machine.machine not in wanted.machines:
         return None
-    for word in wanted.device_tree:
-        if word in machine.device_tree_model:
-            return f"device-tree model {machine.device_tree_model!r}"
-        for compatible in machine.device_tree_compatible:
-            if word in compatible:
-                return f"device tree compatible with {compatible!r}"
+    if any(word in machine.device_tree_model for word in wanted.device_tree):
+        return f"device-tree model {machine.device_tree_model!r}"
+    for compatible in machine.device_tree_compatible:
+        if any(word in compatible for word in wanted.device_tree):
+            return f"device tree compatible with {compatible!r}"
     for word in wanted.cpus:
         for cpu in machine.cpus:
             if word in cpu:

@@ -1,4 +1,4 @@
-"""Strict decoding of YAML and JSON into msgspec structs: an unknown key is an error that names the nearest one."""
+"""Strict decoding of YAML and JSON into msgspec structs: an unknown key is an error naming the nearest."""
 
 from __future__ import annotations
 
@@ -17,15 +17,35 @@ T = TypeVar("T")
 _UNKNOWN = re.compile(r"unknown field `([^`]*)`")
 
 
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, of which YAML would keep the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str | int | float | bool) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
+            if isinstance(key, str | int | float | bool):
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
 def decode_yaml_file(path: Path, type_: type[T], error: type[Exception] = ConfigError) -> T:
     """Read `path` as YAML and convert it to `type_`. Raises `error`, naming the file and the key."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as cause:
         raise error(f"{path}: cannot be read ({cause.strerror})") from cause
+    except UnicodeDecodeError as cause:
+        raise error(f"{path}: not UTF-8 text (byte {cause.start})") from cause
     try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as cause:
+        data = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as cause:  # ValueError: an impossible date
         raise error(f"{path}: not valid YAML: {cause}") from cause
     return convert(data, type_, str(path), error)
 
