@@ -1,0 +1,358 @@
+"""Requests and answers over MQTT 5 or 3.1.1, with paho (docs/mqtt.md is the protocol). Knows no model.
+
+Threads: a supervisor connects and reconnects; paho's network thread decodes requests and hands them to the
+service, never waiting for the model; each accepted request has one short-lived thread that publishes its
+events. The service's queue bounds how many there are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import random
+import secrets
+import threading
+import time
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+from paho.mqtt.client import (
+    Client,
+    ConnectFlags,
+    DisconnectFlags,
+    MQTTMessage,
+    MQTTMessageInfo,
+)
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+
+from ..errors import ConfigError, RequestError
+from ..service import Done, Job, Service
+from .mqtt_address import BrokerAddress, Topics
+from .openai_api import ApiError, ApiLimits, ChatCall, chat_call, parse_object, take_transaction, text_object
+from .openai_reply import ChunkStream, Completion, ReplyHead, error_object, failure
+
+log = logging.getLogger(__name__)
+
+Version = Literal["auto", "5", "3.1.1"]
+
+KEEPALIVE_S = 30
+CONNACK_TIMEOUT_S = 10.0
+FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 60.0  # between attempts to connect
+MAX_PACKET_BYTES = 4 * 1024 * 1024  # MQTT 5: the broker drops larger ones. The body's own cap is lower.
+MAX_QUEUED_REPLIES = 512  # while the broker is slow or away
+RECENT_REQUESTS = 64  # answered ones that are remembered, to know a redelivered copy
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where an answer goes and what it must carry."""
+
+    topic: str
+    correlation: bytes | None = None  # Correlation Data
+    transaction: str | int | None = None
+
+
+RequestKey = tuple[str, bytes | None, str | int | None, bytes]
+
+
+class MqttTransport:
+    """Serves `service` through a broker from `start()` until `close()`."""
+
+    def __init__(
+        self,
+        service: Service,
+        limits: ApiLimits,
+        broker: BrokerAddress,
+        topics: Topics,
+        *,
+        version: Version = "auto",
+        ca_file: Path | None = None,
+    ) -> None:
+        if ca_file is not None and not (broker.tls and ca_file.is_file()):
+            raise ConfigError(f"--mqtt-ca {ca_file}: needs an mqtts:// address and a readable file")
+        self._service = service
+        self._limits = limits
+        self._broker = broker
+        self._topics = topics
+        self._ca_file = ca_file
+        self._versions = {
+            "auto": (MQTTProtocolVersion.MQTTv5, MQTTProtocolVersion.MQTTv311),
+            "5": (MQTTProtocolVersion.MQTTv5,),
+            "3.1.1": (MQTTProtocolVersion.MQTTv311,),
+        }[version]
+        self._client = self._new_client(self._versions[0])
+        self._closing = threading.Event()
+        self._draining = False
+        self._online = threading.Event()  # connected and subscribed
+        self._changed = threading.Event()  # the connection ended, or its attempt failed: `_reason` says why
+        self._reason = ""
+        self._refused_version = False  # the last attempt's: the broker does not speak this MQTT version
+        self._supervisor = threading.Thread(target=self._supervise, name="mqtt", daemon=True)
+        self._lock = threading.Lock()  # guards the three below
+        self._workers: set[threading.Thread] = set()
+        self._running: set[RequestKey] = set()
+        self._recent: OrderedDict[RequestKey, None] = OrderedDict()
+        self._unsent: deque[MQTTMessageInfo] = deque(maxlen=MAX_QUEUED_REPLIES)
+
+    def start(self) -> None:
+        """Begin to connect, and keep at it; returns at once."""
+        self._supervisor.start()
+
+    def wait_online(self, timeout_s: float) -> bool:
+        """Whether the daemon is connected and subscribed, after at most `timeout_s`."""
+        return self._online.wait(timeout_s)
+
+    def begin_drain(self) -> None:
+        """Tell everyone that no more requests are taken. Those that come still are answered with an error."""
+        self._draining = True
+        if self._online.is_set():
+            self._publish_availability()
+
+    def close(self, timeout_s: float) -> None:
+        """Wait for the answers that are being written, then leave the broker."""
+        deadline = time.monotonic() + timeout_s
+        with self._lock:
+            workers = list(self._workers)
+        for worker in workers:
+            worker.join(max(0.0, deadline - time.monotonic()))
+        while self._unsent and self._online.is_set():
+            with contextlib.suppress(RuntimeError, ValueError):  # lost with its connection, or never queued
+                self._unsent.popleft().wait_for_publish(max(0.01, deadline - time.monotonic()))
+        self._closing.set()
+        self._changed.set()
+        self._supervisor.join(max(1.0, deadline - time.monotonic()))
+
+    # --- the connection: supervisor thread
+
+    def _supervise(self) -> None:
+        failures = 0
+        while not self._closing.is_set():
+            was_online = self._one_connection()
+            if self._closing.is_set():
+                return
+            if self._refused_version and self._versions[0] == MQTTProtocolVersion.MQTTv311:
+                log.info("%s does not speak MQTT 5, trying 3.1.1", self._broker)
+                continue
+            failures = 1 if was_online else failures + 1
+            delay_s = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2 ** (failures - 1)) * random.uniform(0.5, 1.0)
+            log.warning("%s: %s; next attempt in %.1f s", self._broker, self._reason, delay_s)
+            self._closing.wait(delay_s)
+
+    def _one_connection(self) -> bool:
+        """Connect, and return when the connection has ended (`_reason` says why): had it ever been online?"""
+        client = self._client
+        self._changed.clear()
+        self._refused_version = False
+        self._reason = "no answer from the broker"
+        try:
+            self._connect(client)
+        except (OSError, ValueError) as cause:
+            self._reason = f"cannot connect ({cause})"
+            return False
+        client.loop_start()
+        if not self._changed.wait(CONNACK_TIMEOUT_S) and self._online.is_set():
+            self._changed.wait()
+        was_online = self._online.is_set()
+        self._online.clear()
+        client.disconnect()  # lets the loop end, whatever is still queued
+        client.loop_stop()
+        if self._refused_version and len(self._versions) > 1:
+            self._versions = self._versions[::-1]
+            self._client = self._new_client(self._versions[0])
+        return was_online
+
+    def _connect(self, client: Client) -> None:
+        host, port = self._broker.host, self._broker.port
+        if client.protocol == MQTTProtocolVersion.MQTTv5:
+            properties = Properties(PacketTypes.CONNECT)
+            properties.MaximumPacketSize = MAX_PACKET_BYTES
+            client.connect(host, port, KEEPALIVE_S, clean_start=True, properties=properties)
+        else:
+            client.connect(host, port, KEEPALIVE_S)
+
+    def _new_client(self, version: MQTTProtocolVersion) -> Client:
+        is_v5 = version == MQTTProtocolVersion.MQTTv5
+        client = Client(
+            CallbackAPIVersion.VERSION2,
+            # The same id at each start: the broker then ends a dead connection of this node at once.
+            client_id=f"{self._topics.base}-{self._topics.node}".replace("/", "-"),
+            clean_session=None if is_v5 else True,
+            protocol=version,
+            reconnect_on_failure=False,
+        )
+        if self._broker.username:
+            client.username_pw_set(self._broker.username, self._broker.password)
+        if self._broker.tls:
+            client.tls_set(ca_certs=str(self._ca_file) if self._ca_file else None)
+        client.will_set(self._topics.availability, b"offline", qos=1, retain=True)
+        client.max_queued_messages_set(MAX_QUEUED_REPLIES)
+        client.on_connect = self._on_connect
+        client.on_subscribe = self._on_subscribe
+        client.on_disconnect = self._on_disconnect
+        client.on_message = self._on_message
+        return client
+
+    # --- callbacks: paho's network thread
+
+    def _on_connect(
+        self,
+        client: Client,
+        userdata: Any,
+        flags: ConnectFlags,
+        reason: ReasonCode,
+        properties: Properties | None,
+    ) -> None:
+        if reason.is_failure:
+            self._refused_version = reason == "Unsupported protocol version"
+            self._fail(f"the broker refused the connection ({reason})")
+        else:
+            client.subscribe(self._topics.request, qos=1)
+
+    def _on_subscribe(
+        self,
+        client: Client,
+        userdata: Any,
+        mid: int,
+        reasons: list[ReasonCode],
+        properties: Properties | None,
+    ) -> None:
+        if any(reason.is_failure for reason in reasons):
+            self._fail(f"the broker refused the subscription to {self._topics.request} ({reasons[0]})")
+            return
+        self._publish_availability()
+        self._online.set()
+        number = "5" if client.protocol == MQTTProtocolVersion.MQTTv5 else "3.1.1"
+        log.info("connected to %s with MQTT %s, requests on %s", self._broker, number, self._topics.request)
+
+    def _on_disconnect(
+        self,
+        client: Client,
+        userdata: Any,
+        flags: DisconnectFlags,
+        reason: ReasonCode,
+        properties: Properties | None,
+    ) -> None:
+        hint = "; does another daemon use this --node?" if reason == "Session taken over" else ""
+        self._fail(f"the connection ended ({reason}{hint})")
+
+    def _fail(self, reason: str) -> None:
+        if not self._changed.is_set():  # the first reason is the cause
+            self._reason = reason
+            self._changed.set()
+
+    def _on_message(self, client: Client, userdata: Any, message: MQTTMessage) -> None:
+        try:
+            self._receive(message)
+        except Exception:  # one odd message must not end the network thread
+            log.exception("a message on %s could not be handled", self._topics.request)
+
+    def _receive(self, message: MQTTMessage) -> None:
+        if message.retain:
+            log.info("a retained message on %s is ignored: requests are not retained", self._topics.request)
+            return
+        properties = message.properties
+        correlation = getattr(properties, "CorrelationData", None)
+        response_topic = getattr(properties, "ResponseTopic", None)
+        refusal = None if response_topic is None else self._topics.refusal(response_topic)
+        topic = self._topics.response if response_topic is None or refusal else response_topic
+        route = Route(topic, correlation)
+        try:
+            if refusal:
+                raise ApiError(refusal, "ResponseTopic")
+            payload = bytes(message.payload)
+            data = parse_object(payload) if payload.lstrip()[:1] == b"{" else text_object(payload)
+            route = Route(topic, correlation, take_transaction(data))
+            key = (topic, correlation, route.transaction, hashlib.sha256(payload).digest())
+            if self._is_copy(key, message.dup):
+                log.info("a second copy of a request on %s is dropped", self._topics.request)
+                return
+            call = chat_call(data, self._limits)
+            job = self._service.submit(call.request)
+        except RequestError as error:
+            log.info("a request for %s is refused: %s", topic, error)
+            self._publish(route, error_object(error))
+            return
+        worker = threading.Thread(
+            target=self._work, args=(job, call, route, key), name="mqtt-answer", daemon=True
+        )
+        with self._lock:
+            self._workers.add(worker)
+            self._running.add(key)
+            self._recent[key] = None
+            while len(self._recent) > RECENT_REQUESTS:
+                self._recent.popitem(last=False)
+        worker.start()
+
+    def _is_copy(self, key: RequestKey, redelivered: bool) -> bool:
+        """A request of which one is running, or (if the broker says so) one that was answered already."""
+        named = key[1] is not None or key[2] is not None  # two anonymous requests may well be the same text
+        with self._lock:
+            return (key in self._running and (named or redelivered)) or (key in self._recent and redelivered)
+
+    # --- answers: a thread for each request
+
+    def _work(self, job: Job, call: ChatCall, route: Route, key: RequestKey) -> None:
+        try:
+            self._answer(job, call, route)
+        except Exception:
+            log.exception("an answer to %s failed", route.topic)
+            self._publish(
+                route, error_object(RequestError("internal_error", "an error inside the daemon; see its log"))
+            )
+        finally:
+            job.cancel()
+            with self._lock:
+                self._running.discard(key)
+                self._workers.discard(threading.current_thread())
+
+    def _answer(self, job: Job, call: ChatCall, route: Route) -> None:
+        head = ReplyHead(f"chatcmpl-{secrets.token_hex(12)}", int(time.time()), self._limits.model)
+        completion, chunks = Completion(head), ChunkStream(head, call.include_usage)
+        sequence = 0
+        for event in job.events():
+            if error := failure(event):
+                self._publish(route, error_object(error) | ({"sequence": sequence} if call.stream else {}))
+                return
+            if not call.stream:
+                completion.add(event)
+                if isinstance(event, Done):
+                    self._publish(route, completion.result())
+                continue
+            for chunk in chunks.chunks(event):
+                if not self._publish(route, chunk | {"sequence": sequence}):
+                    log.warning(
+                        "%s: %d answers wait for the broker, this one is given up",
+                        head.id,
+                        MAX_QUEUED_REPLIES,
+                    )
+                    return
+                sequence += 1
+
+    # --- publishing: any thread
+
+    def _publish(self, route: Route, reply: dict[str, Any]) -> bool:
+        """Queue a reply; paho keeps it over a reconnection. False: too many are waiting, it is dropped."""
+        if route.transaction is not None:
+            reply = reply | {"transaction": route.transaction}
+        client = self._client
+        properties = None
+        if client.protocol == MQTTProtocolVersion.MQTTv5:
+            properties = Properties(PacketTypes.PUBLISH)
+            properties.PayloadFormatIndicator = 1
+            properties.ContentType = "application/json"
+            if route.correlation is not None:
+                properties.CorrelationData = route.correlation
+        info = client.publish(route.topic, msgspec.json.encode(reply), qos=1, properties=properties)
+        self._unsent.append(info)
+        return info.rc != MQTTErrorCode.MQTT_ERR_QUEUE_SIZE
+
+    def _publish_availability(self) -> None:
+        word = b"offline" if self._draining else b"online"
+        self._unsent.append(self._client.publish(self._topics.availability, word, qos=1, retain=True))
