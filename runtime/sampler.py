@@ -6,8 +6,9 @@ The order is that of transformers: repetition penalty, temperature, top-k, top-p
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,18 +33,24 @@ class SamplingParams:
     seed: int | None = None  # None: different every time
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, 0 <= self.temperature <= 100, "0 to 100")
-        _check("top_k", self.top_k, isinstance(self.top_k, int) and self.top_k >= 0, "an integer >= 0")
-        _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1")
-        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1")
-        penalty = self.repetition_penalty
-        _check("repetition_penalty", penalty, 0 < penalty < math.inf, "above 0")
-        seed_ok = self.seed is None or (isinstance(self.seed, int) and 0 <= self.seed < 2**64)
-        _check("seed", self.seed, seed_ok, "an integer, 0 <= seed < 2**64")
+        _check("temperature", self.temperature, float, lambda value: 0 <= value <= 100, "0 to 100")
+        _check("top_k", self.top_k, int, lambda value: value >= 0, "an integer >= 0")
+        _check("top_p", self.top_p, float, lambda value: 0 < value <= 1, "above 0, at most 1")
+        _check("min_p", self.min_p, float, lambda value: 0 <= value <= 1, "0 to 1")
+        _check(
+            "repetition_penalty",
+            self.repetition_penalty,
+            float,
+            lambda value: 0 < value < math.inf,
+            "above 0",
+        )
+        if self.seed is not None:
+            _check("seed", self.seed, int, lambda value: 0 <= value < 2**64, "an integer, 0 <= seed < 2**64")
 
 
-def _check(name: str, value: object, holds: bool, expected: str) -> None:
-    if not holds:
+def _check(name: str, value: Any, kind: type, holds: Callable[[Any], bool], expected: str) -> None:
+    kinds = (int, float) if kind is float else int
+    if isinstance(value, bool) or not isinstance(value, kinds) or not holds(value):
         raise RequestError("invalid_request", f"{name}: expected {expected}, got {value!r}")
 
 
