@@ -153,7 +153,7 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments)
-            except ValueError as cause:
+            except (ValueError, RecursionError) as cause:
                 raise RequestError(
                     "invalid_request", f"{where}[{index}].function.arguments: not valid JSON ({cause})"
                 ) from cause

@@ -173,13 +173,13 @@ def run_serve(args: argparse.Namespace) -> int:
         from .engine import Engine
         from .tokenizer import load_tokenizer
 
-        engine = Engine(bundle, threads=args.threads)
         return Service(
-            engine,
+            Engine(bundle, threads=args.threads),
             load_tokenizer(bundle),
             load_template(bundle),
             model_name=bundle.name,
             queue_size=args.queue_size,
+            max_answer_tokens=args.max_tokens,
         )
 
     with Daemon(settings) as daemon:

@@ -205,8 +205,11 @@ class Service:
         *,
         model_name: str,
         queue_size: int = 8,
+        max_answer_tokens: int | None = None,
     ) -> None:
+        """max_answer_tokens: the longest answer to a request that names no limit; default: what fits."""
         self.model_name = model_name
+        self._max_answer_tokens = max_answer_tokens
         self._engine = engine
         self._tokenizer = tokenizer
         self._template = template
@@ -299,7 +302,9 @@ class Service:
             self._tokenizer, request.messages, request.tools, enable_thinking=request.enable_thinking
         )
         room = self._engine.context - len(prompt)
-        wanted = room if request.max_tokens is None else request.max_tokens
+        wanted = request.max_tokens
+        if wanted is None:
+            wanted = room if self._max_answer_tokens is None else min(room, self._max_answer_tokens)
         if wanted < 1 and request.max_tokens is not None:
             raise RequestError("invalid_request", f"max_tokens: expected at least 1, got {wanted}")
         if room < 1 or wanted > room:
