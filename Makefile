@@ -1,0 +1,126 @@
+# gemma-edge: `make help` lists the targets. Everything runs in .venv, which the first target that needs it makes.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= 2.13.0
+
+# What the targets take, as in `make export DEVICE=raspberry-pi MODEL=nano`.
+DEVICE ?= auto
+MODEL ?=
+RECIPE ?=
+CONTEXT ?=
+BUNDLE ?=
+PROMPT ?=
+FORCE ?=
+# The values reach the shell through the environment, unexpanded, so that quotes and dollar signs in them are safe.
+override PROMPT := $(value PROMPT)
+override MODEL := $(value MODEL)
+override BUNDLE := $(value BUNDLE)
+export DEVICE MODEL RECIPE CONTEXT BUNDLE PROMPT
+
+GEMMA_EDGE := $(VENV)/bin/gemma-edge
+VENV_PYTHON := $(VENV)/bin/python
+READY := $(VENV)/.setup
+READY_DEVICE := $(VENV)/.setup-device
+
+# ask, serve and demo take BUNDLE, or else make one: of the bundled nano model unless MODEL says otherwise.
+OWN_MODEL := $(or $(MODEL),nano)
+OWN_NAME := $(notdir $(OWN_MODEL))-$(basename $(notdir $(DEVICE)))$(RECIPE:%=-%)$(CONTEXT:%=-%)
+OWN_BUNDLE := bundles/$(subst $() $(),_,$(subst :,_,$(subst %,_,$(OWN_NAME))))
+# A bundle of the nano model is made again when what it is made of changes; it takes seconds.
+NANO_SOURCES := $(if $(filter nano,$(OWN_MODEL)),$(wildcard models/nano/*.* export/*.py export/*/*.* device_profiles/*.yaml))
+USED_BUNDLE := $(or $(BUNDLE),$(OWN_BUNDLE))
+# With a bundle at hand the runtime's few packages are enough: no torch on the device.
+NEEDS := $(if $(BUNDLE),$(if $(wildcard $(READY)),$(READY),$(READY_DEVICE)),$(OWN_BUNDLE)/manifest.json)
+export USED_BUNDLE OWN_BUNDLE OWN_MODEL
+
+# $(call run_export,MODEL,OUT,FORCE): MODEL and OUT are shell words; empty leaves the choice to the exporter.
+run_export = $(GEMMA_EDGE) export --device "$$DEVICE" $(if $(1),--model $(1)) $(if $(2),--out $(2)) \
+	$${RECIPE:+--recipe "$$RECIPE"} $${CONTEXT:+--context "$$CONTEXT"} $(if $(3),--force)
+# "nano" is the model that comes with the repository.
+own_model = $(if $(filter nano,$(OWN_MODEL)),models/nano,"$$OWN_MODEL")
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup setup-device export ask serve demo test test-slow bench lint clean distclean
+
+help: ## this list
+	@echo "usage: make TARGET [NAME=VALUE ...]"
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "  DEVICE=NAME   a device profile, an alias, a YAML file, or auto (the default): gemma-edge devices lists them"
+	@echo "  MODEL=NAME    nano, a folder or a Hub id (export: default by device; ask, serve, demo: nano)"
+	@echo "  RECIPE=NAME   quantization recipe (default: by device)"
+	@echo "  CONTEXT=N     tokens of context (default: by device)"
+	@echo "  BUNDLE=DIR    the bundle to write or to use (default: one under bundles/)"
+	@echo "  PROMPT=TEXT   the question for ask"
+	@echo "  FORCE=1       export over an existing bundle"
+	@echo "  PYTHON=PATH   the Python of .venv (3.11 or later)"
+
+setup: $(READY) ## make .venv with the gemma-edge command and all that export and the tests need
+
+setup-device: $(READY_DEVICE) ## make .venv with the runtime only, for the device (no torch)
+
+export: $(READY) ## turn a checkpoint into a bundle (DEVICE= MODEL= RECIPE= CONTEXT= BUNDLE= FORCE=)
+	@$(call run_export,$(if $(MODEL),$(own_model)),$(if $(BUNDLE),"$$BUNDLE",$(if $(MODEL),"$$OWN_BUNDLE")),$(FORCE))
+
+ask: $(NEEDS) ## stream one answer (PROMPT= BUNDLE= or DEVICE= MODEL= RECIPE= CONTEXT=)
+	@if [ -z "$$PROMPT" ]; then echo "make ask needs a question: make ask PROMPT='turn on the hall light'" >&2; exit 2; fi
+	@$(GEMMA_EDGE) ask "$$USED_BUNDLE" "$$PROMPT" --stats
+
+serve: $(NEEDS) ## run the daemon until interrupted (BUNDLE= or DEVICE= MODEL= RECIPE= CONTEXT=)
+	@$(GEMMA_EDGE) serve "$$USED_BUNDLE"
+
+demo: $(if $(BUNDLE),$(READY),$(NEEDS)) ## summaries of a day of real sensor events, over MQTT (BUNDLE= or DEVICE= MODEL= ...)
+	@$(VENV_PYTHON) -m gemma_edge.examples.sensor_summary.demo "$$USED_BUNDLE"
+
+test: lint ## lint, types and the fast tests
+	@$(VENV_PYTHON) -m pytest -m "not slow"
+
+test-slow: $(READY) ## the tests that take minutes or a full-size model
+	@$(VENV_PYTHON) -m pytest -m slow
+
+bench: $(if $(BUNDLE),$(READY),$(NEEDS)) ## run every script of bench/ on a bundle (BUNDLE= or DEVICE= MODEL= RECIPE= CONTEXT=)
+	@set -e; for script in bench/*.py; do echo "== $$script"; $(VENV_PYTHON) "$$script" "$$USED_BUNDLE"; done
+
+lint: $(READY) ## ruff and mypy
+	@$(VENV_PYTHON) -m ruff check .
+	@$(VENV_PYTHON) -m ruff format --check .
+	@$(VENV_PYTHON) -m mypy
+
+clean: ## remove caches and build leftovers (keeps .venv and bundles/)
+	rm -rf build dist .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . \( -name .venv -o -name .git \) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean ## remove .venv and bundles/ too
+	rm -rf $(VENV) bundles src/*.egg-info
+
+$(OWN_BUNDLE)/manifest.json: $(NANO_SOURCES) | $(READY)
+	@$(call run_export,$(own_model),"$$OWN_BUNDLE",$(wildcard $(OWN_BUNDLE)))
+
+$(READY): pyproject.toml tools/install_torch.sh
+	@$(call make_venv)
+	@echo "installing gemma-edge with its export and test packages into $(VENV) (a minute or two)"
+	@tools/install_torch.sh $(VENV_PYTHON) $(TORCH)
+	@$(VENV_PYTHON) -m pip --disable-pip-version-check install --quiet "torch==$(TORCH)" -e ".[dev]"
+	@touch $@
+	@echo "ready: $(GEMMA_EDGE)"
+
+$(READY_DEVICE): pyproject.toml
+	@$(call make_venv)
+	@echo "installing gemma-edge's runtime into $(VENV)"
+	@$(VENV_PYTHON) -m pip --disable-pip-version-check install --quiet -e ".[http]"
+	@touch $@
+	@echo "ready: $(GEMMA_EDGE)"
+
+# A .venv that works is kept; one that is missing or broken (a moved clone, a removed Python) is made anew.
+define make_venv
+if ! $(VENV_PYTHON) -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "gemma-edge needs Python 3.11 or later; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+			"Name one: make setup PYTHON=python3.12" >&2; exit 1; }; \
+	$(PYTHON) -m venv --clear $(VENV) || { \
+		echo "$(PYTHON) cannot make a virtual environment; on Debian: apt install python3-venv" >&2; exit 1; }; \
+fi
+endef
