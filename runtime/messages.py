@@ -192,7 +192,8 @@ def _function_name(name: Any, where: str) -> str:
 def _parsed_object(text: str) -> dict[str, Any] | str:
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError):
+        _check_size(value, "a tool's result")
+    except (ValueError, RecursionError, RequestError):
         return text
     return value if isinstance(value, dict) else text
 
