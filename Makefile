@@ -103,14 +103,14 @@ $(READY): pyproject.toml tools/install_torch.sh
 	@$(call make_venv)
 	@echo "installing gemma-edge with its export and test packages into $(VENV) (a minute or two)"
 	@tools/install_torch.sh $(VENV_PYTHON) $(TORCH)
-	@$(VENV_PYTHON) -m pip --disable-pip-version-check install --quiet "torch==$(TORCH)" -e ".[dev]"
+	@$(VENV_PYTHON) -m pip --disable-pip-version-check install --quiet --quiet "torch==$(TORCH)" -e ".[dev]"
 	@touch $@
 	@echo "ready: $(GEMMA_EDGE)"
 
 $(READY_DEVICE): pyproject.toml
 	@$(call make_venv)
 	@echo "installing gemma-edge's runtime into $(VENV)"
-	@$(VENV_PYTHON) -m pip --disable-pip-version-check install --quiet -e ".[http]"
+	@$(VENV_PYTHON) -m pip --disable-pip-version-check install --quiet --quiet -e ".[http]"
 	@touch $@
 	@echo "ready: $(GEMMA_EDGE)"
 

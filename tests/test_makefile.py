@@ -165,7 +165,7 @@ def test_torch_is_the_cpu_build_wherever_one_can_be_had(tmp_path: Path, works_fr
     """The stand-in pip fails until attempt number `works_from`."""
     python = program(
         tmp_path / "python",
-        f'case "$*" in -c*) exit 1;; esac\nshift 5\necho "$*" >> {tmp_path}/pip\n'
+        f'case "$*" in -c*) exit 1;; esac\nshift 6\necho "$*" >> {tmp_path}/pip\n'
         f"[ $(wc -l < {tmp_path}/pip) -gt {works_from} ]",
     )
     program(tmp_path / "uname", "echo Linux")

@@ -8,7 +8,7 @@ set -eu
 
 python=$1
 version=$2
-pip() { "$python" -m pip --disable-pip-version-check install --quiet "$@"; }
+pip() { "$python" -m pip --disable-pip-version-check install --quiet --quiet "$@"; }
 
 if "$python" -c "import torch" 2>/dev/null; then
     exit 0
