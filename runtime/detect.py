@@ -133,12 +133,15 @@ def _notes(profile: DeviceProfile, machine: Machine) -> list[str]:
             f"its budget of {profile.memory.budget_mib:,} MiB may be too large here"
         )
     if machine.cores and machine.cores < profile.cpu.threads:
-        notes.append(f"{machine.cores} cores, fewer than the profile's {profile.cpu.threads} threads")
+        notes.append(
+            f"{machine.cores} cores, fewer than the profile's {profile.cpu.threads} threads: the engine takes "
+            f"{machine.cores}"
+        )
     release = machine.tegra_major
     if profile.execution_provider == "cuda" and release is not None and release < FIRST_CUDA_JETSON_RELEASE:
         notes.append(
             f"Jetson Linux R{release}: CUDA needs R{FIRST_CUDA_JETSON_RELEASE} (JetPack 7) or later; "
-            "upgrade, or run with --execution-provider cpu"
+            "upgrade, or export for a profile with execution_provider: cpu (docs/devices.md)"
         )
     return notes
 

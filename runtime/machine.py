@@ -5,6 +5,7 @@ Never raises on odd content: what cannot be read or understood is left empty.
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import subprocess
@@ -87,6 +88,13 @@ def read_machine(
         cores=cpuinfo.cores or None,
         memory_mib=_read_memory_mib(_read(root / "proc/meminfo")),
     )
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may run on: fewer than the machine has in a container or under `taskset`."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _read_darwin(machine: str, sysctl: Callable[[str], str]) -> Machine:

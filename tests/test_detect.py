@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 import tempfile
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from gemma_edge.runtime.detect import (
     text_table,
 )
 from gemma_edge.runtime.errors import ConfigError
-from gemma_edge.runtime.machine import Machine, read_machine
+from gemma_edge.runtime.machine import Machine, read_machine, usable_cpus
 from gemma_edge.runtime.profile import load_profiles
 
 from .support.machines import A76, A78AE, BOARDS, R36, R38, Board, write_root
@@ -271,6 +272,17 @@ def test_auto_is_this_machine_and_is_logged(
     assert "device x86-64-generic: Linux x86_64" in caplog.text
     assert "lacks avx2" in caplog.text
     assert resolve_profile("jetson").name == "jetson-orin-nano-8gb"
+
+
+def test_usable_cpus_are_those_this_process_may_run_on() -> None:
+    assert 1 <= usable_cpus() <= (os.cpu_count() or 1)
+    if hasattr(os, "sched_setaffinity"):
+        allowed = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {min(allowed)})
+        try:
+            assert usable_cpus() == 1
+        finally:
+            os.sched_setaffinity(0, allowed)
 
 
 def test_the_machine_under_the_tests_can_be_read() -> None:
