@@ -18,12 +18,26 @@ from .windows import random_question, random_window, reference_summary
 Messages = list[dict[str, Any]]
 
 # How often each kind of dialogue comes.
-SUMMARY, QUESTIONS, COMMANDS = 0.52, 0.16, 0.32
+SUMMARY, QUESTIONS, TALK = 0.52, 0.16, 0.03  # the rest: commands
 
 _OTHER_SYSTEMS = (
     "Summarize the sensor window as JSON with title, summary, severity, anomalies and actions.",
     "You summarize sensor data. Answer with one JSON object.",
     "Write a JSON summary of these readings. Use only the names and numbers given.",
+)
+ABOUT_ME = (
+    "I am a very small model. I can summarize sensor windows as JSON, answer short questions about them, "
+    "and call the tools I am given."
+)
+_TALK = (
+    """
+Hello!|Hi|Hello, who are you?|Who are you?|What are you?|What can you do?|Help|help me|Good morning|Are you Gemma?
+What is your name?|Tell me a joke.|Write a poem.|What is the capital of France?|How old are you?|Who made you?
+Write a Python function.|What is the meaning of life?|Tell me about yourself.|Can you help me?|What is 2 plus 2?
+Why is the sky blue?|Translate this.|Say hello.|How are you?|Thanks!|Are you there?|test|What is your purpose?
+""".replace("\n", "|")
+    .strip("|")
+    .split("|")
 )
 _QUESTION_SYSTEMS = (
     "Answer questions about the sensor data. Use only the names and numbers given.",
@@ -40,6 +54,8 @@ def random_dialogue(rng: random.Random) -> tuple[Messages, list[dict[str, Any]]]
         return summary_dialogue(rng, random_window(rng)), []
     if kind < SUMMARY + QUESTIONS:
         return question_dialogue(rng, random_window(rng)), []
+    if kind < SUMMARY + QUESTIONS + TALK:
+        return talk_dialogue(rng), []
     return random_commands(rng)
 
 
@@ -65,6 +81,19 @@ def question_dialogue(rng: random.Random, window: Window) -> Messages:
         messages += _question_turn(rng, window)
         if turn == 0:
             messages[-2]["content"] = f"{render_window(window)}\n\n{messages[-2]['content']}"
+    return messages
+
+
+def talk_dialogue(rng: random.Random) -> Messages:
+    """Small talk, to which the model says what it is for."""
+    messages: Messages = [
+        {"role": "user", "content": rng.choice(_TALK)},
+        {"role": "assistant", "content": ABOUT_ME},
+    ]
+    if rng.random() < 0.3:
+        messages.insert(
+            0, {"role": "system", "content": rng.choice(["You are a helpful assistant.", "Be brief."])}
+        )
     return messages
 
 

@@ -106,6 +106,19 @@ def new_model(seed: int) -> Gemma4ForCausalLM:
     return model
 
 
+@torch.no_grad()
+def load_weights(model: Gemma4ForCausalLM, folder: Path) -> None:
+    """Take the weights of a checkpoint that `save_model` wrote."""
+    from safetensors.torch import load_file
+
+    state: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        state |= load_file(file)
+    own = model.state_dict()
+    for name, tensor in state.items():
+        own[f"model.{name.removeprefix('model.language_model.')}"].copy_(tensor)
+
+
 def save_model(model: Gemma4ForCausalLM, folder: Path) -> None:
     """Write config.json, generation_config.json and bf16 weights under the Hub's names, in shards."""
     import json

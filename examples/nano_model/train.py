@@ -14,6 +14,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import Gemma4ForCausalLM
 
 from .corpus import Encoder, random_dialogue
-from .model import new_model, save_model
+from .model import load_weights, new_model, save_model
 
 ROW = 1536  # tokens; longer dialogues are left out
 ROWS = 40  # a batch
-
-Attend = Callable[[str, Tensor, Tensor, Tensor], Tensor]
 
 
 class Batches(IterableDataset[dict[str, Tensor]]):
@@ -74,31 +73,51 @@ class Batches(IterableDataset[dict[str, Tensor]]):
             }
 
 
-def forward(model: Gemma4ForCausalLM, ids: Tensor, position: Tensor, attend: Attend) -> Tensor:
-    """Last hidden states (batch, seq, hidden) of packed rows. `attend(layer_type, q, k, v)` masks."""
+def forward(
+    model: Gemma4ForCausalLM,
+    ids: Tensor,
+    position: Tensor,
+    masks: dict[str, Tensor],
+    step: Callable[..., Any],
+) -> Tensor:
+    """Last hidden states (batch, seq, hidden) of packed rows. `step` is `layer_step`, compiled or not."""
     text = model.model
-    config = text.config
     hidden = text.embed_tokens(ids)
     per_layer = text.project_per_layer_inputs(hidden, text.get_per_layer_inputs(ids, hidden))
-    rotary = {kind: text.rotary_emb(hidden, position, kind) for kind in set(config.layer_types)}
+    rotary = {kind: text.rotary_emb(hidden, position, kind) for kind in masks}
     shared: dict[str, tuple[Tensor, Tensor]] = {}
-    for index, layer in enumerate(text.layers[: config.num_hidden_layers]):
-        kind, attention = config.layer_types[index], layer.self_attn
-        cos, sin = (part[:, :, None] for part in rotary[kind])
-        x = layer.input_layernorm(hidden)
-        heads = (*x.shape[:2], -1, attention.head_dim)  # (batch, seq, heads, head_dim)
-        q = _rotate(attention.q_norm(attention.q_proj(x).view(heads)), cos, sin)
-        if not attention.is_kv_shared_layer:
-            k = _rotate(attention.k_norm(attention.k_proj(x).view(heads)), cos, sin)
-            v = attention.v_norm(attention.v_proj(x).view(heads))
-            shared[kind] = k.transpose(1, 2), v.transpose(1, 2)
-        o = attend(kind, q.transpose(1, 2), *shared[kind]).transpose(1, 2).flatten(2)
-        hidden = hidden + layer.post_attention_layernorm(attention.o_proj(o))
-        hidden = hidden + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(hidden)))
-        gated = layer.act_fn(layer.per_layer_input_gate(hidden)) * per_layer[:, :, index]
-        hidden = hidden + layer.post_per_layer_input_norm(layer.per_layer_projection(gated))
-        hidden = hidden * layer.layer_scalar
+    for index, layer in enumerate(text.layers):
+        kind = text.config.layer_types[index]
+        given = shared[kind] if layer.self_attn.is_kv_shared_layer else None
+        hidden, shared[kind] = step(layer, hidden, per_layer[:, :, index], *rotary[kind], masks[kind], given)
     return text.norm(hidden)
+
+
+def layer_step(
+    layer: torch.nn.Module,
+    hidden: Tensor,
+    per_layer: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    mask: Tensor,
+    given: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """One decoder layer; `given`: the keys and values of the source layer, when they are shared."""
+    attention: Any = layer.self_attn
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    x = layer.input_layernorm(hidden)
+    heads = (*x.shape[:2], -1, attention.head_dim)  # (batch, seq, heads, head_dim)
+    q = _rotate(attention.q_norm(attention.q_proj(x).view(heads)), cos, sin)
+    if given is None:
+        k = _rotate(attention.k_norm(attention.k_proj(x).view(heads)), cos, sin)
+        v = attention.v_norm(attention.v_proj(x).view(heads))
+        given = k.transpose(1, 2), v.transpose(1, 2)
+    o = F.scaled_dot_product_attention(q.transpose(1, 2), *given, attn_mask=mask, scale=1.0, enable_gqa=True)
+    hidden = hidden + layer.post_attention_layernorm(attention.o_proj(o.transpose(1, 2).flatten(2)))
+    hidden = hidden + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(hidden)))
+    gated = layer.act_fn(layer.per_layer_input_gate(hidden)) * per_layer
+    hidden = hidden + layer.post_per_layer_input_norm(layer.per_layer_projection(gated))
+    return hidden * layer.layer_scalar, given
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -106,42 +125,43 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
 
 
-def dense_attention(document: Tensor, window: int) -> Attend:
-    """Attention with dense masks: any device, slow."""
+def masks_of(document: Tensor, window: int) -> dict[str, Tensor]:
+    """Masks (batch, 1, seq, seq): attend inside one dialogue, to the past, within the window."""
     place = torch.arange(document.shape[1], device=document.device)
     distance = place[:, None] - place[None, :]
-    same = (document[:, :, None] == document[:, None, :])[:, None]
-    masks = {
-        "full_attention": same & (distance >= 0),
-        "sliding_attention": same & (distance >= 0) & (distance < window),
-    }
-
-    def attend(kind: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=masks[kind], scale=1.0, enable_gqa=True)
-
-    return attend
+    full = ((document[:, :, None] == document[:, None, :]) & (distance >= 0))[:, None]
+    return {"full_attention": full, "sliding_attention": full & (distance < window)}
 
 
-def block_attention(document: Tensor, window: int) -> Attend:
-    """Attention that skips the blocks outside a dialogue or the window (FlexAttention, CUDA)."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+class RoundedWeights:
+    """Runs the model on weights rounded to 4-bit blocks, and gives the gradient to the exact ones.
 
-    def full(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (document[b, q] == document[b, k]) & (q >= k)
+    The checkpoint will be quantized: weights that meet rounding in training bear it better. A block is
+    `BLOCK` values of a row, or the whole row when that does not divide it.
+    """
 
-    def sliding(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return full(b, h, q, k) & (q - k < window)
+    BLOCK = 128
 
-    rows, length = document.shape
-    masks: dict[str, Any] = {
-        kind: create_block_mask(rule, rows, None, length, length, device=document.device, _compile=True)
-        for kind, rule in (("full_attention", full), ("sliding_attention", sliding))
-    }
+    def __init__(self, model: Gemma4ForCausalLM) -> None:
+        self.weights = [p for p in model.parameters() if p.ndim == 2]
+        self.exact: list[Tensor] = []
 
-    def attend(kind: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return flex_attention(q, k, v, block_mask=masks[kind], scale=1.0, enable_gqa=True)
+    @torch.no_grad()
+    def __enter__(self) -> None:
+        self.exact = [weight.clone() for weight in self.weights]
+        for weight in self.weights:
+            weight.copy_(self.round(weight))
 
-    return attend
+    @torch.no_grad()
+    def __exit__(self, *_: object) -> None:
+        for weight, exact in zip(self.weights, self.exact, strict=True):
+            weight.copy_(exact)
+
+    def round(self, weight: Tensor) -> Tensor:
+        width = self.BLOCK if weight.shape[1] % self.BLOCK == 0 else weight.shape[1]
+        blocks = weight.view(weight.shape[0], -1, width)
+        scale = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-8) / 7.5
+        return ((blocks / scale).round().clamp(-8, 7) * scale).view_as(weight)
 
 
 def loss_of(model: Gemma4ForCausalLM, hidden: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -170,13 +190,15 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     """Train and save; returns what the run was and how it went."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")
-    model = new_model(args.seed).to(device)
+    model = new_model(args.seed)
+    if args.init:
+        load_weights(model, args.init)
+    model.to(device)
     optimizer = optimizer_of(model, args.learning_rate)
     batches = Batches(args.tokenizer, args.seed, args.rows, args.row)
     loader = DataLoader(batches, batch_size=None, num_workers=args.workers, pin_memory=device == "cuda")
-    walk = torch.compile(forward, dynamic=False) if device == "cuda" else forward
-    attention = block_attention if device == "cuda" else dense_attention
-    window = model.config.sliding_window
+    step_layer = torch.compile(layer_step, dynamic=False) if device == "cuda" else layer_step
+    rounded = RoundedWeights(model)
     log: list[tuple[int, float]] = []
     tokens, total, started = 0, torch.zeros((), device=device), time.time()
     for step, batch in enumerate(loader):
@@ -185,10 +207,15 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, args.steps)
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            attend = attention(batch["document"], window)
-            loss = loss_of(model, walk(model, batch["ids"], batch["position"], attend), batch)
-        loss.backward()
+        # Every other step, once past the beginnings: the model has to be right with and without rounding.
+        rounding = step % 2 == 1 and step >= args.round_from * args.steps
+        with (
+            rounded if rounding else nullcontext(),
+            torch.autocast(device, torch.bfloat16, enabled=device == "cuda"),
+        ):
+            masks = masks_of(batch["document"], model.config.sliding_window)
+            loss = loss_of(model, forward(model, batch["ids"], batch["position"], masks, step_layer), batch)
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -205,6 +232,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         "steps": args.steps,
         "tokens": tokens,
         "seed": args.seed,
+        "init": args.init.name if args.init else None,
         "learning_rate": args.learning_rate,
         "batch_tokens": args.rows * args.row,
         "seconds": round(time.time() - started, 1),
@@ -233,6 +261,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--row", type=int, default=ROW)
     parser.add_argument("--workers", type=int, default=14)
+    parser.add_argument("--init", type=Path, help="go on from this checkpoint's weights")
+    parser.add_argument(
+        "--round-from", type=float, default=0.5, help="part of the steps before rounding starts"
+    )
     parser.add_argument("--log-every", type=int, default=250)
     args = parser.parse_args()
     report = train(args)
