@@ -134,8 +134,7 @@ def _notes(profile: DeviceProfile, machine: Machine) -> list[str]:
         )
     if machine.cores and machine.cores < profile.cpu.threads:
         notes.append(
-            f"{machine.cores} cores, fewer than the profile's {profile.cpu.threads} threads: the engine takes "
-            f"{machine.cores}"
+            f"{machine.cores} cores, fewer than the profile's threads: the engine takes {machine.cores}"
         )
     release = machine.tegra_major
     if profile.execution_provider == "cuda" and release is not None and release < FIRST_CUDA_JETSON_RELEASE:
