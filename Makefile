@@ -82,7 +82,8 @@ test-slow: $(READY) ## the tests that take minutes or a full-size model
 	@$(VENV_PYTHON) -m pytest -m slow
 
 bench: $(if $(BUNDLE),$(READY),$(NEEDS)) ## run every script of bench/ on a bundle (BUNDLE= or DEVICE= MODEL= RECIPE= CONTEXT=)
-	@set -e; for script in bench/*.py; do echo "== $$script"; $(VENV_PYTHON) "$$script" "$$USED_BUNDLE"; done
+	@set -e; for script in $$(grep -l __main__ bench/*.py); do \
+		echo "== $$script"; $(VENV_PYTHON) "$$script" "$$USED_BUNDLE"; done
 
 lint: $(READY) ## ruff and mypy
 	@$(VENV_PYTHON) -m ruff check .

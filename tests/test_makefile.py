@@ -134,6 +134,12 @@ def test_test_runs_lint_types_and_the_fast_tests(venv: Path) -> None:
     assert calls(venv)[-4:] == ["-m", "pytest", "-m", "slow"]
 
 
+def test_bench_runs_each_script_of_bench_on_the_bundle(venv: Path) -> None:
+    make(venv, "bench", "BUNDLE=b")
+    scripts = [path for path in sorted((ROOT / "bench").glob("*.py")) if "__main__" in path.read_text()]
+    assert calls(venv) == [word for path in scripts for word in ("python", f"bench/{path.name}", "b")]
+
+
 def test_a_failing_step_fails_the_target(venv: Path) -> None:
     program(venv / "bin/python", 'case "$*" in *mypy*) exit 1;; esac')
     assert make(venv, "lint", check=False).returncode != 0
