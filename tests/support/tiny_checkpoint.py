@@ -14,7 +14,16 @@ from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 SPECIAL_TOKENS = [
     *("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>"),
-    *("<|tool_response>", "<tool_response|>", '<|"|>', "<|think|>", "<|channel>", "<channel|>", "<|turn>", "<turn|>"),
+    *(
+        "<|tool_response>",
+        "<tool_response|>",
+        '<|"|>',
+        "<|think|>",
+        "<|channel>",
+        "<channel|>",
+        "<|turn>",
+        "<turn|>",
+    ),
     *("<|image>", "<|audio>", "<|image|>", "<|audio|>", "<image|>", "<audio|>"),
 ]
 WORDS = (
@@ -76,7 +85,9 @@ def write_tiny_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     config = tiny_config(**overrides)
     model = random_model(config, seed)
-    weights = {name: tensor.to(dtype) for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    weights = {
+        name: tensor.to(dtype) for name, tensor in model.state_dict().items() if name != "lm_head.weight"
+    }
     if layout == "multimodal":
         weights = _as_on_the_hub(weights, config, dtype)
     _write_weights(folder, weights, shards)
@@ -146,7 +157,14 @@ def write_tokenizer_files(folder: Path, vocab_size: int) -> None:
     eos = [_token("<eos>"), _token("<turn|>"), _token("<|tool_response>")]
     _write_json(
         folder / "generation_config.json",
-        dict(bos_token_id=_token("<bos>"), pad_token_id=0, eos_token_id=eos, do_sample=True, top_k=64, top_p=0.95),
+        dict(
+            bos_token_id=_token("<bos>"),
+            pad_token_id=0,
+            eos_token_id=eos,
+            do_sample=True,
+            top_k=64,
+            top_p=0.95,
+        ),
     )
 
 
@@ -169,7 +187,9 @@ def train_tokenizer(vocab_size: int) -> Tokenizer:
     data = json.loads(tokenizer.to_str())
     data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] in SPECIAL_TOKENS]
     tokenizer = Tokenizer.from_str(json.dumps(data))
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS]
+    )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", _token("<bos>"))]
     )
@@ -179,7 +199,8 @@ def train_tokenizer(vocab_size: int) -> Tokenizer:
 def _corpus() -> list[str]:
     pick = random.Random(0)
     return [
-        " ".join(pick.choice(WORDS) for _ in range(12)) + f" {pick.uniform(-20, 99):.1f} °C, {pick.randrange(999)}.\n"
+        " ".join(pick.choice(WORDS) for _ in range(12))
+        + f" {pick.uniform(-20, 99):.1f} °C, {pick.randrange(999)}.\n"
         for _ in range(400)
     ]
 
@@ -191,9 +212,7 @@ def _token(content: str) -> int:
 def _as_on_the_hub(
     weights: dict[str, torch.Tensor], config: Gemma4TextConfig, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    renamed = {
-        name.replace("model.", "model.language_model.", 1): tensor for name, tensor in weights.items()
-    }
+    renamed = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in weights.items()}
     for index in range(config.num_hidden_layers - config.num_kv_shared_layers, config.num_hidden_layers):
         prefix = f"model.language_model.layers.{index}.self_attn."
         layer = config.per_layer_config[index]
@@ -201,8 +220,12 @@ def _as_on_the_hub(
         renamed[prefix + "k_proj.weight"] = torch.ones(kv_size, config.hidden_size, dtype=dtype)
         renamed[prefix + "v_proj.weight"] = torch.ones(kv_size, config.hidden_size, dtype=dtype)
         renamed[prefix + "k_norm.weight"] = torch.ones(layer.head_dim, dtype=dtype)
-    renamed["model.audio_tower.layers.0.feed_forward1.ffw_layer_1.linear.weight"] = torch.ones(8, 8, dtype=dtype)
-    renamed["model.audio_tower.layers.0.feed_forward1.ffw_layer_1.input_min"] = torch.tensor(-1.0, dtype=dtype)
+    renamed["model.audio_tower.layers.0.feed_forward1.ffw_layer_1.linear.weight"] = torch.ones(
+        8, 8, dtype=dtype
+    )
+    renamed["model.audio_tower.layers.0.feed_forward1.ffw_layer_1.input_min"] = torch.tensor(
+        -1.0, dtype=dtype
+    )
     renamed["model.vision_tower.patch_embedder.input_proj.weight"] = torch.ones(8, 8, dtype=dtype)
     renamed["model.embed_audio.embedding_projection.weight"] = torch.ones(8, 8, dtype=dtype)
     return renamed

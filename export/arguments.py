@@ -1,0 +1,30 @@
+"""The arguments of `gemma-edge export`, declared without importing anything heavy."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        metavar="PATH|HUB_ID",
+        help="a checkpoint folder, `nano` for the bundled model, or a Hub id (default: what the profile names)",
+    )
+    parser.add_argument("--device", required=True, metavar="NAME", help="device profile; see `gemma-edge devices`")
+    parser.add_argument("--recipe", metavar="NAME", help="quantization recipe (default: the profile's)")
+    parser.add_argument("--context", type=_tokens, metavar="N", help="tokens of context (default: the profile's)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="bundle folder (default: bundles/MODEL-DEVICE-RECIPE)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace an existing bundle")
+    parser.add_argument("--revision", metavar="REV", help="Hub branch, tag or commit")
+    parser.add_argument("--offline", action="store_true", help="never ask the Hub; take what its cache has")
+
+
+def _tokens(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number of tokens")
+    return count

@@ -1,0 +1,252 @@
+"""Makes a bundle: plan, trace, stream the weights, describe; written aside and renamed when whole.
+
+A failed or interrupted export leaves nothing behind, and an existing bundle is replaced only when asked to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import onnx_ir as ir
+
+from .. import __version__
+from ..runtime.bundle import (
+    FORMAT_VERSION,
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    RuntimeSettings,
+    Source,
+    Tokens,
+    sha256_file,
+)
+from ..runtime.errors import GemmaEdgeError
+from ..runtime.profile import DeviceProfile
+from . import genai
+from .attach import attach
+from .checkpoint import Checkpoint, open_checkpoint
+from .geometry import TextModel, read_text_model
+from .plan import DECODER_DATA, EMBEDDINGS_DATA, Plan, make_plan
+from .recipes import Recipe
+from .sentencepiece_model import write_sentencepiece_model
+from .source import CheckpointSource
+from .store import DataFile, Progress, StoredWeight, store_weight
+from .trace import trace_decoder, trace_embeddings
+
+log = logging.getLogger(__name__)
+
+REQUIRED_FILES = ("config.json", "tokenizer.json")
+OPTIONAL_FILES = ("tokenizer_config.json", "generation_config.json")
+TEMPLATE = "chat_template.jinja"
+VERSIONS_OF = ("torch", "onnx-ir", "onnxscript", "onnxruntime", "numpy", "sentencepiece")
+
+
+class ExportError(GemmaEdgeError):
+    """The bundle cannot be written where or as asked."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to export."""
+
+    source: CheckpointSource
+    profile: DeviceProfile
+    recipe: Recipe
+    context: int | None  # None: the profile's, as far as the model goes
+    out: Path
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job that has been checked: nothing is written yet."""
+
+    job: Job
+    model: TextModel
+    plan: Plan
+    checkpoint: Checkpoint
+    tokens: Tokens
+
+    @property
+    def weight_count(self) -> int:
+        """Weights that will be read, for a progress bar."""
+        return sum(weight.shape[0] * weight.shape[1] for weight in self.plan.weights)
+
+
+def prepare(job: Job) -> Prepared:
+    """Check everything that can be checked before the work: geometry, budget, checkpoint, destination."""
+    model = read_text_model(job.source.folder)
+    longest = model.geometry.max_position_embeddings
+    context = min(job.profile.context, longest) if job.context is None else job.context
+    if context > longest:
+        raise ExportError(f"a context of {context} tokens: the model was made for at most {longest}")
+    plan = make_plan(model, job.profile, job.recipe, context=context)
+    checkpoint = open_checkpoint(job.source.folder)
+    checkpoint.require(plan.shapes)
+    for name in REQUIRED_FILES:
+        if not (job.source.folder / name).is_file():
+            raise ExportError(f"{job.source.folder / name}: no such file; the checkpoint is not complete")
+    _check_destination(job.out, job.force)
+    return Prepared(job, model, plan, checkpoint, _read_tokens(job.source.folder))
+
+
+def write_bundle(prepared: Prepared, progress: Progress = lambda name, weights: None) -> Manifest:
+    """Write the bundle and return its manifest. progress: called with the tensor at hand and weights done."""
+    job = prepared.job
+    with _written_aside(job.out, job.force) as folder:
+        stored = _write_graphs(prepared, folder, progress)
+        genai.write_text_graph(folder / "embeddings.onnx", folder / "decoder.onnx", folder / genai.GRAPH)
+        genai.write_genai_config(folder / genai.CONFIG, prepared.model, prepared.plan.caches, prepared.tokens)
+        write_sentencepiece_model(job.source.folder / "tokenizer.json", folder / "tokenizer.model")
+        _copy_files(job.source.folder, folder, prepared.tokens)
+        manifest = _manifest(prepared, stored, folder)
+        (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
+    return manifest
+
+
+def _write_graphs(prepared: Prepared, folder: Path, progress: Progress) -> dict[str, StoredWeight]:
+    model, plan, checkpoint = prepared.model, prepared.plan, prepared.checkpoint
+    progress("tracing", 0)
+    decoder, embeddings = trace_decoder(model, plan.caches), trace_embeddings(model)
+    stored: dict[str, StoredWeight] = {}
+    with DataFile(folder / DECODER_DATA) as decoder_data, DataFile(folder / EMBEDDINGS_DATA) as embeddings_data:
+        files = {DECODER_DATA: decoder_data, EMBEDDINGS_DATA: embeddings_data}
+        for weight in plan.weights:
+            stored[weight.name] = store_weight(files[weight.file], checkpoint, weight, progress)
+        for traced, name in ((embeddings, "embeddings.onnx"), (decoder, "decoder.onnx")):
+            graph = attach(traced, stored, checkpoint, decoder_data, head=plan.head)
+            ir.save(graph, folder / name)
+    return stored
+
+
+def _manifest(prepared: Prepared, stored: dict[str, StoredWeight], folder: Path) -> Manifest:
+    job, profile = prepared.job, prepared.job.profile
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        source=Source(
+            model=job.source.asked,
+            revision=job.source.revision,
+            config_sha256=sha256_file(job.source.folder / "config.json"),
+            dtype=prepared.model.dtype,
+        ),
+        device=profile.name,
+        recipe=job.recipe.name,
+        geometry=prepared.model.geometry,
+        caches=prepared.plan.caches,
+        tokens=prepared.tokens,
+        runtime=RuntimeSettings(
+            execution_provider=profile.execution_provider,
+            threads=profile.cpu.threads,
+            prefill_chunk=profile.prefill_chunk,
+            memory_budget_mib=profile.memory.budget_mib,
+        ),
+        quantization=tuple(weight.report for weight in stored.values() if weight.report is not None),
+        memory=prepared.plan.memory,
+        files={
+            path.name: FileEntry(path.stat().st_size, sha256_file(path)) for path in sorted(folder.iterdir())
+        },
+        versions={"gemma-edge": __version__}
+        | {package: importlib.metadata.version(package) for package in VERSIONS_OF},
+    )
+
+
+def _read_tokens(folder: Path) -> Tokens:
+    """Token ids from generation_config.json, else from config.json."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = dict(config.get("text_config") or {}) | config
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        found |= json.loads(generation.read_text(encoding="utf-8"))
+    eos = found.get("eos_token_id")
+    if eos is None or found.get("bos_token_id") is None:
+        raise ExportError(f"{folder}: neither generation_config.json nor config.json says bos_token_id and eos_token_id")
+    return Tokens(
+        bos=found["bos_token_id"],
+        pad=found.get("pad_token_id") or 0,
+        eos=tuple(eos) if isinstance(eos, list) else (eos,),
+    )
+
+
+def _copy_files(source: Path, folder: Path, tokens: Tokens) -> None:
+    for name in (*REQUIRED_FILES, *OPTIONAL_FILES, TEMPLATE):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if not (folder / TEMPLATE).is_file():
+        settings = source / "tokenizer_config.json"
+        template = json.loads(settings.read_text(encoding="utf-8")).get("chat_template") if settings.is_file() else None
+        if not isinstance(template, str):
+            raise ExportError(f"{source}: no {TEMPLATE}; a bundle needs the checkpoint's chat template")
+        (folder / TEMPLATE).write_text(template, encoding="utf-8")
+    if not (folder / "generation_config.json").is_file():
+        data = dict(bos_token_id=tokens.bos, pad_token_id=tokens.pad, eos_token_id=list(tokens.eos))
+        (folder / "generation_config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_destination(out: Path, force: bool) -> None:
+    if not out.exists() and not out.is_symlink():
+        return
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if not (out / MANIFEST).is_file():
+        raise ExportError(f"{out}: exists and is not a bundle, so it is not replaced; choose another --out")
+    if not force:
+        raise ExportError(f"{out}: a bundle is already there; --force replaces it, --out writes elsewhere")
+
+
+@contextlib.contextmanager
+def _written_aside(out: Path, force: bool) -> Iterator[Path]:
+    """A folder beside `out` that takes its name if all goes well, and vanishes if not."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".partial")
+    partial.mkdir(exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as cause:
+            raise ExportError(f"{partial}: another export is writing there; wait for it or choose another --out") from cause
+        try:
+            for left in partial.iterdir():  # of an export that was killed
+                left.unlink()
+            yield partial
+            for path in partial.iterdir():
+                _sync(path)
+            _sync(partial)
+            _check_destination(out, force)
+            _take_place(partial, out)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    finally:
+        os.close(lock)
+
+
+def _take_place(partial: Path, out: Path) -> None:
+    replaced = out.with_name(out.name + ".replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if out.exists():
+        out.rename(replaced)
+    partial.rename(out)
+    shutil.rmtree(replaced, ignore_errors=True)
+    _sync(out.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,169 @@
+"""Reads a Hugging Face checkpoint's safetensors lazily, a few rows at a time, under canonical names; numpy only.
+
+The header of every file is checked before anything is read: a missing tensor, a wrong shape or a truncated file is
+found up front, not after minutes of quantizing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..runtime.errors import GemmaEdgeError
+
+log = logging.getLogger(__name__)
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+HEADER_MAX_BYTES = 100_000_000  # safetensors' own cap
+CHUNK_BYTES = 32 << 20  # of float32 values that are held at a time
+PREFIXES = ("model.language_model.", "model.", "")
+OTHER_MODALITIES = ("audio_tower.", "vision_tower.", "embed_audio.", "embed_vision.")
+ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+
+
+class CheckpointError(GemmaEdgeError):
+    """The checkpoint's weights are missing, damaged or of another shape than config.json says."""
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor's bytes are."""
+
+    file: Path
+    offset: int
+    dtype: str  # BF16, F16, F32
+    shape: tuple[int, ...]
+    original_name: str
+
+
+class Checkpoint:
+    """The text model's tensors of one checkpoint folder, by canonical name (`layers.0.mlp.up_proj.weight`)."""
+
+    def __init__(self, folder: Path, tensors: Mapping[str, TensorEntry]) -> None:
+        self.folder = folder
+        self.tensors = tensors
+
+    def require(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Check that every tensor is there in its shape. Raises CheckpointError naming the first that is not."""
+        for name, shape in shapes.items():
+            entry = self._entry(name)
+            if entry.shape != shape:
+                raise CheckpointError(
+                    f"{entry.file}: {entry.original_name} has shape {entry.shape}, config.json asks for {shape}"
+                )
+            if entry.dtype not in ITEM_BYTES:
+                raise CheckpointError(
+                    f"{entry.file}: {entry.original_name} is {entry.dtype}, expected one of {', '.join(ITEM_BYTES)}"
+                )
+        if unused := [name for name in self.tensors if name not in shapes and not _is_dead(name, shapes)]:
+            log.warning("%s: %d tensors are not used: %s", self.folder, len(unused), ", ".join(unused[:5]))
+
+    def read(self, name: str) -> np.ndarray:
+        """A whole tensor as float32."""
+        entry = self._entry(name)
+        return self._read(entry, 0, math.prod(entry.shape)).reshape(entry.shape)
+
+    def rows(self, name: str) -> Iterator[np.ndarray]:
+        """A matrix (rows, columns) as float32, some rows at a time."""
+        entry = self._entry(name)
+        count, width = entry.shape
+        step = max(1, CHUNK_BYTES // (4 * width))
+        for first in range(0, count, step):
+            size = min(step, count - first)
+            yield self._read(entry, first * width, size * width).reshape(size, width)
+
+    def _entry(self, name: str) -> TensorEntry:
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise CheckpointError(
+                f"{self.folder}: tensor {name} is missing; config.json and the weights do not belong together"
+            ) from None
+
+    def _read(self, entry: TensorEntry, first: int, count: int) -> np.ndarray:
+        item = ITEM_BYTES[entry.dtype]
+        with entry.file.open("rb") as file:
+            file.seek(entry.offset + first * item)
+            data = file.read(count * item)
+        if len(data) != count * item:
+            raise CheckpointError(f"{entry.file}: ends inside {entry.original_name}; download it again")
+        if entry.dtype == "BF16":  # the upper half of a float32
+            return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+        return np.frombuffer(data, "<f2" if entry.dtype == "F16" else "<f4").astype(np.float32)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read the headers of all weight files in `folder`. Raises CheckpointError."""
+    tensors: dict[str, TensorEntry] = {}
+    for path in _weight_files(folder):
+        for original, entry in _read_header(path):
+            if name := _canonical(original):
+                tensors[name] = entry
+    return Checkpoint(folder, tensors)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError, TypeError) as cause:
+            raise CheckpointError(f"{index}: not an index of weight files ({cause!r}); download it again") from cause
+        files = [folder / name for name in sorted(set(weight_map.values()))]
+    else:
+        files = [folder / SINGLE]
+    for path in files:
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file; expected {SINGLE} or the files that {INDEX} names")
+    return files
+
+
+def _read_header(path: Path) -> Iterable[tuple[str, TensorEntry]]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 0 < length <= min(HEADER_MAX_BYTES, size - 8):
+            raise CheckpointError(f"{path}: not a whole safetensors file ({size} bytes); download it again")
+        try:
+            header: dict[str, Any] = json.loads(file.read(length))
+        except ValueError as cause:
+            raise CheckpointError(f"{path}: its safetensors header is damaged; download it again") from cause
+    start = 8 + length
+    for name, fields in header.items():
+        if name == "__metadata__":
+            continue
+        begin, end = fields["data_offsets"]
+        if start + end > size:
+            raise CheckpointError(
+                f"{path}: truncated: {name} ends at byte {start + end}, the file has {size}; download it again"
+            )
+        shape = tuple(fields["shape"])
+        item = ITEM_BYTES.get(fields["dtype"])
+        if item is not None and end - begin != item * math.prod(shape):
+            raise CheckpointError(f"{path}: {name} has {end - begin} bytes, its shape {shape} needs another number")
+        yield name, TensorEntry(path, start + begin, fields["dtype"], shape, name)
+
+
+def _canonical(name: str) -> str | None:
+    """The name without its wrapper's prefix; None for a tensor of another modality."""
+    for prefix in PREFIXES:
+        if name.startswith(prefix):
+            short = name.removeprefix(prefix)
+            return None if short.startswith(OTHER_MODALITIES) else short
+    return name
+
+
+def _is_dead(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Keys and values of KV-shared layers, which the checkpoints carry but no one reads, and the copy of a tied head."""
+    dead = (".self_attn.k_proj.", ".self_attn.v_proj.", ".self_attn.k_norm.", ".self_attn.v_norm.")
+    return any(part in name for part in dead) or name == "lm_head.weight"

@@ -1,0 +1,63 @@
+"""`gemma-edge export`: finds profile, recipe and checkpoint, shows progress on stderr and the result on stdout."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from tqdm import tqdm
+
+from ..runtime.bundle import Manifest
+from ..runtime.detect import resolve_profile
+from .bundle import Job, Prepared, prepare, write_bundle
+from .recipes import load_recipe
+from .report import report
+from .source import find_checkpoint
+
+BUNDLES = Path("bundles")
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """Export as the command line says; see `arguments`. Raises GemmaEdgeError."""
+    with _terminated_as_interrupted():
+        profile = resolve_profile(args.device)
+        recipe = load_recipe(args.recipe or profile.default_recipe)
+        source = find_checkpoint(args.model or profile.default_model, revision=args.revision, offline=args.offline)
+        out = args.out or BUNDLES / f"{source.name}-{profile.name}-{recipe.name}"
+        job = Job(source, profile, recipe, args.context, out, args.force)
+        prepared = prepare(job)
+        manifest = write_with_progress(prepared)
+    print(report(out, prepared, manifest))
+    return 0
+
+
+def write_with_progress(prepared: Prepared) -> Manifest:
+    """`write_bundle` with a bar on stderr: the tensor at hand, weights done, time left."""
+    with tqdm(
+        total=prepared.weight_count, unit=" weights", unit_scale=True, file=sys.stderr, dynamic_ncols=True, leave=False
+    ) as bar:
+
+        def progress(name: str, weights: int) -> None:
+            bar.set_description(name, refresh=False)
+            bar.update(weights)
+
+        return write_bundle(prepared, progress)
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM unwinds like Ctrl-C, so that the unfinished bundle is removed."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,1 @@
+"""What is traced: thin modules whose parameters have the checkpoint's canonical names."""

@@ -1,0 +1,169 @@
+"""The ONNX operators that the traced modules emit directly; knows their signatures, not the model.
+
+`Linear` and `Table` are placeholders of the domain `gemma_edge`: `attach` turns each into a float or a quantized
+operator, as the recipe says, when the weight's real bytes are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.onnx.ops import symbolic, symbolic_multi_out
+
+PLACEHOLDER_DOMAIN = "gemma_edge"
+LINEAR = "Linear"
+TABLE = "Table"
+
+Shape = Sequence[int | torch.SymInt]
+
+
+class Linear(nn.Module):
+    """y = x W^T, W: (out_features, in_features)."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (*x.shape[:-1], self.weight.shape[0])
+        return symbolic(f"{PLACEHOLDER_DOMAIN}::{LINEAR}", (x, self.weight), dtype=x.dtype, shape=shape, version=1)
+
+
+class Table(nn.Module):
+    """Rows of an embedding table, W: (rows, width)."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, width))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        shape = (*ids.shape, self.weight.shape[1])
+        return symbolic(
+            f"{PLACEHOLDER_DOMAIN}::{TABLE}", (self.weight, ids), dtype=self.weight.dtype, shape=shape, version=1
+        )
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return symbolic(
+        "SimplifiedLayerNormalization",
+        (x, weight),
+        attrs=dict(axis=-1, epsilon=eps, stash_type=1),
+        dtype=x.dtype,
+        shape=x.shape,
+        version=1,
+    )
+
+
+def reshape(x: Tensor, target: Tensor, shape: Shape) -> Tensor:
+    """ONNX Reshape: a 0 in `target` keeps that dimension, so no shape is computed at run time."""
+    return symbolic("Reshape", (x, target), dtype=x.dtype, shape=shape, version=21)
+
+
+def slice_rows(x: Tensor, start: Tensor, end: Tensor, axis: Tensor, rows: int | torch.SymInt) -> Tensor:
+    """x[:, start:end], said to have `rows` rows; start, end and axis are (1,) int64."""
+    shape = (x.shape[0], rows, *x.shape[2:])
+    return symbolic("Slice", (x, start, end, axis), dtype=x.dtype, shape=shape, version=13)
+
+
+def split(x: Tensor, sizes: Tensor, widths: Sequence[int]) -> Sequence[Tensor]:
+    """x cut along its last axis; `sizes` holds `widths` as int64."""
+    return symbolic_multi_out(
+        "Split",
+        (x, sizes),
+        attrs=dict(axis=-1),
+        dtypes=[x.dtype] * len(widths),
+        shapes=[(*x.shape[:-1], width) for width in widths],
+        version=18,
+    )
+
+
+def concat_rows(first: Tensor, second: Tensor, shape: Shape) -> Tensor:
+    return symbolic("Concat", (first, second), attrs=dict(axis=1), dtype=second.dtype, shape=shape, version=13)
+
+
+def dimension(x: Tensor, axis: int) -> Tensor:
+    """x.shape[axis] as (1,) int64, read in the graph."""
+    return symbolic("Shape", (x,), attrs=dict(start=axis, end=axis + 1), dtype=torch.int64, shape=(1,), version=21)
+
+
+def integer_division(x: Tensor, y: Tensor) -> Tensor:
+    """Of non-negative int64: ONNX Div truncates."""
+    return symbolic("Div", (x, y), dtype=x.dtype, shape=x.shape, version=14)
+
+
+def tensor_scatter(cache: Tensor, update: Tensor, start: Tensor) -> Tensor:
+    """`cache` (1, heads, capacity, head_dim) with `update` written from row `start` (1,) on; in place when bound so."""
+    return symbolic(
+        "TensorScatter", (cache, update, start), attrs=dict(axis=2), dtype=cache.dtype, shape=cache.shape, version=23
+    )
+
+
+def rotary(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    """x (1, rows, heads * head_dim) rotated to `positions` (1, rows)."""
+    return symbolic(
+        "com.microsoft::RotaryEmbedding",
+        (x, positions, cos, sin),
+        attrs=dict(num_heads=heads),
+        dtype=x.dtype,
+        shape=x.shape,
+        version=1,
+    )
+
+
+def group_query_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past: tuple[Tensor, Tensor],
+    lengths: tuple[Tensor, Tensor],
+    rope: tuple[Tensor, Tensor],
+    *,
+    heads: int,
+    kv_heads: int,
+    window: int | None,
+    evicts: bool = False,
+    positions: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
+    writes: bool,
+) -> tuple[Tensor, ...]:
+    """Rotary attention over a cache, scale 1. Returns (output,) or, if it `writes`, (output, key cache, value cache).
+
+    lengths: (tokens in the cache after this step - 1) as (1,) int32, and that plus one as a scalar.
+    evicts: the cache is window-sized and the operator drops what left the window.
+    scales: of an int8 cache, (1, kv_heads, 1, head_dim) each.
+    """
+    attrs: dict[str, int | float | str] = dict(num_heads=heads, kv_num_heads=kv_heads, do_rotary=1, scale=1.0)
+    attrs["local_window_size"] = -1 if window is None else window
+    if evicts:
+        attrs["sliding_window_cache"] = 1
+    inputs: list[Tensor | None] = [query, key, value, *past, *lengths, *rope, positions]
+    if scales is not None:
+        attrs |= dict(k_quant_type="PER_CHANNEL", v_quant_type="PER_CHANNEL", kv_cache_bit_width=8)
+        inputs += [None, None, *scales]
+    while inputs[-1] is None:
+        inputs.pop()
+    outputs = (query, *past) if writes else (query,)
+    return tuple(
+        symbolic_multi_out(
+            "com.microsoft::GroupQueryAttention",
+            tuple(inputs),
+            attrs=attrs,
+            dtypes=tuple(output.dtype for output in outputs),
+            shapes=tuple(output.shape for output in outputs),
+            version=1,
+        )
+    )

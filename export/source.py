@@ -1,0 +1,75 @@
+"""Finds the checkpoint that a name stands for: a folder, the bundled nano model, or one of the Hub's."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..runtime.errors import GemmaEdgeError
+
+NANO = "nano"
+# What an export reads; a repository may hold the same weights in other formats as well.
+PATTERNS = ("*.json", "*.jinja", "*.safetensors")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+class SourceError(GemmaEdgeError):
+    """The checkpoint cannot be had."""
+
+
+@dataclass(frozen=True)
+class CheckpointSource:
+    """A checkpoint on this machine."""
+
+    folder: Path
+    name: str  # short, for the bundle's folder
+    asked: str  # as the user named it
+    revision: str | None  # Hub commit
+
+
+def find_checkpoint(asked: str, *, revision: str | None = None, offline: bool = False) -> CheckpointSource:
+    """Raises SourceError saying why there is none and what to do."""
+    folder = nano_folder() if asked == NANO else Path(asked)
+    if (folder / "config.json").is_file():
+        return CheckpointSource(folder, folder.resolve().name, asked, None)
+    if asked == NANO:
+        raise SourceError(f"{folder}: the nano model is not there; it comes with the repository, not with the wheel")
+    if folder.is_dir():
+        raise SourceError(f"{folder}: no config.json in it; expected a Hugging Face checkpoint folder")
+    if not _HUB_ID.fullmatch(asked):
+        raise SourceError(f"{asked}: neither a folder nor a Hub id such as google/gemma-4-E2B-it. {_INSTEAD}")
+    return _from_hub(asked, revision, offline)
+
+
+def nano_folder() -> Path:
+    """models/nano beside the package's source."""
+    return Path(__file__).resolve().parents[1] / "models" / NANO
+
+
+_INSTEAD = "To try everything with the bundled model, pass `--model nano` (make: MODEL=nano)."
+
+
+def _from_hub(hub_id: str, revision: str | None, offline: bool) -> CheckpointSource:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    folder: Path | None = None
+    try:
+        folder = Path(
+            snapshot_download(hub_id, revision=revision, allow_patterns=PATTERNS, local_files_only=True)
+        )
+    except LocalEntryNotFoundError as cause:
+        if offline:
+            raise SourceError(f"{hub_id} is not in the Hub cache, and --offline was given. {_INSTEAD}") from cause
+    if not offline and (folder is None or not any(folder.glob("*.safetensors"))):
+        try:
+            folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=PATTERNS))
+        except Exception as cause:  # the Hub client raises its own, the HTTP library's and the system's errors
+            reason = (str(cause) or repr(cause)).strip().splitlines()[0]
+            raise SourceError(
+                f"{hub_id} is neither a folder nor in the Hub cache, and cannot be downloaded ({reason}). "
+                f"For a gated model, log in with `hf auth login`. {_INSTEAD}"
+            ) from cause
+    assert folder is not None
+    return CheckpointSource(folder, hub_id.split("/")[1], hub_id, folder.name)  # the cache names folders by commit

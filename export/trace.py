@@ -1,0 +1,165 @@
+"""Traces the modules under fake tensors into ONNX graphs: no weight exists yet, whatever the model's size.
+
+A traced graph has placeholder operators where weights go (`modules/ops.py`) and initializers without values;
+`attach` replaces the first and gives the second their bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .. import __version__
+from ..runtime.bundle import Caches
+from .geometry import TextModel
+from .modules.constants import Make
+from .modules.decoder import Decoder
+from .modules.embeddings import Embeddings
+
+OPSET = 23
+TENSOR_SCATTER_OPSET = 24  # the first with TensorScatter; torch writes at most 23, and nothing used here changed
+IR_VERSION = 11
+KEEP = "logits_to_keep"
+
+CACHE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A graph without weights."""
+
+    graph: ir.Model
+    makers: dict[str, Make]  # initializer name -> its value, for those that are not in the checkpoint
+
+
+def trace_decoder(model: TextModel, caches: Caches) -> Traced:
+    """The decoder with the names that runtime and onnxruntime-genai expect; all cache dimensions are fixed."""
+    shape = model.geometry
+    width = shape.num_hidden_layers * shape.hidden_size_per_layer_input
+    with _fake_tensors():
+        module = Decoder(model, context=caches.context, kv_dtype=caches.dtype).eval().requires_grad_(False)
+        # Every input needs a tensor of its own: two uses of one would collapse into one graph input.
+        past = [
+            torch.zeros(1, cache.kv_heads, cache.capacity, cache.head_dim, dtype=CACHE_DTYPES[caches.dtype])
+            for cache in caches.layers
+            for _ in ("key", "value")
+        ]
+        example = (
+            torch.zeros(1, 5, shape.hidden_size),
+            torch.zeros(1, 5, width) if width else None,
+            torch.zeros(1, 7, dtype=torch.int64),
+            torch.zeros(1, 5, dtype=torch.int64),
+            torch.zeros(1, dtype=torch.int64),
+            torch.zeros(3, dtype=torch.int64),
+            past,
+        )
+        tokens, total, rows = (torch.export.Dim(name, min=2, max=2**20) for name in ("new", "total", "kept"))
+        dynamic = (
+            {1: tokens},
+            {1: tokens} if width else None,
+            {1: total},
+            {1: tokens},
+            {},
+            {0: rows},
+            [{} for _ in past],
+        )
+        graph = _export(module, example, dynamic)
+    names = ["inputs_embeds", *(["per_layer_inputs"] if width else []), "attention_mask", "position_ids"]
+    cache_names = [f"{cache.index}.{part}" for cache in caches.layers for part in ("key", "value")]
+    _name_decoder(graph, names, cache_names)
+    return Traced(graph, _makers(module))
+
+
+def trace_embeddings(model: TextModel) -> Traced:
+    """Token ids to the decoder's float inputs."""
+    with _fake_tensors():
+        module = Embeddings(model).eval().requires_grad_(False)
+        tokens = torch.export.Dim("new", min=2, max=2**20)
+        graph = _export(module, (torch.zeros(1, 5, dtype=torch.int64),), ({1: tokens},))
+    graph.graph.inputs[0].name = "input_ids"
+    for value, name in zip(graph.graph.outputs, ("inputs_embeds", "per_layer_inputs"), strict=False):
+        value.name = name
+    _finish(graph)
+    return Traced(graph, {})
+
+
+@contextmanager
+def _fake_tensors() -> Iterator[None]:
+    """Fake tensors without gradients, and without the tracing libraries' talk."""
+    loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with FakeTensorMode(), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _export(module: nn.Module, example: tuple, dynamic: tuple) -> ir.Model:
+    program = torch.export.export(module, example, dynamic_shapes=dynamic, strict=False)
+    exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
+    assert exported is not None
+    return exported.model
+
+
+def _makers(module: Decoder) -> dict[str, Make]:
+    return {f"constants.{name}": make for name, make in module.constants.makers.items()}
+
+
+def _name_decoder(model: ir.Model, names: list[str], cache_names: list[str]) -> None:
+    """Give inputs and outputs their public names, and `logits_to_keep` its default."""
+    graph = model.graph
+    *plain, keep, rows = graph.inputs[: len(names) + 2]
+    caches = graph.inputs[len(names) + 2 :]
+    for value, name in zip(plain, names, strict=True):
+        value.name = name
+    for value, name in zip(caches, cache_names, strict=True):
+        value.name = f"past_key_values.{name}"
+    for value, name in zip(graph.outputs[1:], cache_names, strict=True):
+        value.name = f"present.{name}"
+    graph.outputs[0].name = "logits"
+    if rows.uses():
+        raise AssertionError("the stand-in for the number of kept rows became data of the graph")
+    graph.inputs.remove(rows)
+    keep.name = KEEP
+    keep.const_value = ir.tensor([1], dtype=ir.DataType.INT64, name=keep.name)
+    graph.initializers[keep.name] = keep  # an input with a default: callers may leave it out
+    _finish(model)
+
+
+def _finish(model: ir.Model) -> None:
+    """Drop what tracing leaves behind. Shapes inside the graph go too: those of padded rows were declared wrong."""
+    graph = model.graph
+    outputs = set(graph.outputs)
+    for node in graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if value not in outputs:
+                value.shape = None
+                value.type = None
+    for value in graph.initializers.values():
+        if value.name != KEEP:
+            value.const_value = None  # a fake tensor
+    for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
+        value.metadata_props.clear()
+    model.opset_imports[""] = TENSOR_SCATTER_OPSET
+    model.opset_imports["com.microsoft"] = 1
+    model.ir_version = IR_VERSION
+    model.producer_name, model.producer_version = "gemma-edge", __version__
+    model.metadata_props.clear()
+    graph.metadata_props.clear()
+    graph.doc_string = None
