@@ -18,6 +18,7 @@ import onnxruntime as ort
 from .bundle import Bundle
 from .cache import KvCaches
 from .errors import BundleError
+from .machine import usable_cpus
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -32,25 +33,26 @@ class Session:
         geometry = manifest.geometry
         provider = manifest.runtime.execution_provider
         self.chunk = min(manifest.runtime.prefill_chunk, manifest.caches.context)
-        self.caches = KvCaches(manifest.caches, provider)
-        self.decoder = _open(bundle.decoder, threads or manifest.runtime.threads, provider)
+        # More threads than CPUs wait for each other in turns: a decode step takes ten times as long.
+        threads = threads or min(manifest.runtime.threads, usable_cpus())
+        self.decoder = _open(bundle.decoder, threads, provider)
+        self.caches = KvCaches(manifest.caches, provider)  # after _open, which says what is missing for CUDA
         # A gather of a few rows gains nothing from a second pool of threads.
         self.embeddings = _open(bundle.embeddings, 1, "cpu")
         _check_inputs(bundle, self.decoder, self.caches)
 
         context, chunk = manifest.caches.context, self.chunk
-        types = {value.name: _TYPES[value.type] for value in self.embeddings.get_outputs()}
-        per_layer = geometry.num_hidden_layers * geometry.hidden_size_per_layer_input
         self._ids = np.zeros((1, chunk), np.int64)
-        self._embeds = np.zeros((1, chunk, geometry.hidden_size), types["inputs_embeds"])
-        self._per_layer = np.zeros((1, chunk, per_layer), types["per_layer_inputs"])
+        # inputs_embeds (1, chunk, hidden) and per_layer_inputs (1, chunk, layers * width), if the model has them
+        self._embedded = {
+            value.name: np.zeros((1, chunk, value.shape[2]), _TYPES[value.type])
+            for value in self.embeddings.get_outputs()
+        }
         self._positions = np.zeros((1, chunk), np.int64)
         self._ones = np.ones((1, context), np.int64)  # the mask: a view of it, as long as the sequence
         self._keep = {rows: np.full((1,), rows, np.int64) for rows in (0, 1)}
-        types |= {
-            value.name: _TYPES[value.type] for value in self.decoder.get_outputs() if value.name == "logits"
-        }
-        self._logits = np.zeros((1, 1, geometry.vocab_size), types["logits"])
+        logits = next(value for value in self.decoder.get_outputs() if value.name == "logits")
+        self._logits = np.zeros((1, 1, geometry.vocab_size), _TYPES[logits.type])
 
         self._embed_step = self._bind_embeddings(1)
         self._decode_step = self._bind_decoder(1, keep=1)
@@ -94,13 +96,13 @@ class Session:
     def _bind_embeddings(self, rows: int) -> ort.IOBinding:
         binding = self.embeddings.io_binding()
         _bind_input(binding, "input_ids", self._ids, (1, rows))
-        for name, buffer in (("inputs_embeds", self._embeds), ("per_layer_inputs", self._per_layer)):
+        for name, buffer in self._embedded.items():
             binding.bind_output(name, "cpu", 0, buffer.dtype, (1, rows, buffer.shape[2]), buffer.ctypes.data)
         return binding
 
     def _bind_decoder(self, rows: int, keep: int) -> ort.IOBinding:
         binding = self.decoder.io_binding()
-        for name, buffer in (("inputs_embeds", self._embeds), ("per_layer_inputs", self._per_layer)):
+        for name, buffer in self._embedded.items():
             _bind_input(binding, name, buffer, (1, rows, buffer.shape[2]))
         _bind_input(binding, "position_ids", self._positions, (1, rows))
         _bind_input(binding, _KEEP, self._keep[keep], (1,))
@@ -134,9 +136,15 @@ def _open(path: Path, threads: int, provider: str) -> ort.InferenceSession:
         )
     providers = [name] if provider == "cpu" else [name, _PROVIDERS["cpu"]]
     try:
-        return ort.InferenceSession(str(path), options, providers=providers)
+        session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as cause:  # onnxruntime raises many classes, all derived from Exception alone
         raise BundleError(f"{path}: onnxruntime cannot load it ({cause}); export the bundle again") from cause
+    if name not in session.get_providers():  # onnxruntime drops one whose libraries are missing
+        raise BundleError(
+            f"{path.parent}: made for {name}, which onnxruntime could not start (is CUDA installed?); "
+            "install what it needs or export for another device"
+        )
+    return session
 
 
 def _check_inputs(bundle: Bundle, decoder: ort.InferenceSession, caches: KvCaches) -> None:

@@ -1,0 +1,75 @@
+"""What every benchmark prints: the machine, the versions, medians, and one line of JSON at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PACKAGES = ("gemma-edge", "onnxruntime", "numpy", "sentencepiece")
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores that this process may use, memory, system, versions."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith(("model name", "Model")):
+                cpu = line.split(":", 1)[1].strip()
+                break
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "cpu": cpu,
+        "cores": cores,
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def print_machine(about: dict[str, Any]) -> None:
+    """The machine, for people."""
+    print(f"{about['cpu']}, {about['cores']} cores, {about['memory_gib']} GiB, {about['system']}")
+    print(f"python {about['python']}, " + ", ".join(f"{name} {v}" for name, v in about["versions"].items()))
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def read_bandwidth_bytes_per_s(threads: int, size_bytes: int = 512 * 2**20, repeats: int = 3) -> float:
+    """How fast `threads` threads read memory together: the best pass over an array larger than caches."""
+    parts = np.array_split(np.ones(size_bytes // 8, np.int64), threads)
+    best = 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(repeats):
+            start = time.perf_counter()
+            list(pool.map(np.max, parts))
+            best = max(best, size_bytes / (time.perf_counter() - start))
+    return best
+
+
+def print_json(result: dict[str, Any]) -> None:
+    """The last line, for programs."""
+    print(json.dumps(result, separators=(",", ":")))
+
+
+if __name__ == "__main__":
+    print_machine(machine())

@@ -1,0 +1,139 @@
+"""Speed of one bundle: prefill, decode, first token, and what a decode step spends outside ONNX Runtime.
+
+python bench/decode.py BUNDLE [--prompt-tokens 128 1024] [--new-tokens 64] [--repeats 5] [--threads N]
+
+Figures are medians over repeats (for a step: over all steps). A decode step cannot be faster than reading the
+weights once, so its speed is also given as a share of that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import machine, median, print_json, print_machine, read_bandwidth_bytes_per_s
+
+from gemma_edge.runtime.bundle import open_bundle
+from gemma_edge.runtime.engine import Engine
+from gemma_edge.runtime.sampler import SamplingParams
+from gemma_edge.runtime.stats import memory_use
+
+
+class RunClock:
+    """Adds up the time spent inside `run_with_iobinding` of a session, without changing the session."""
+
+    def __init__(self, session: Any) -> None:
+        self.spent_s = 0.0
+        self._session = session
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def run_with_iobinding(self, *args: Any) -> None:
+        start = time.perf_counter()
+        self._session.run_with_iobinding(*args)
+        self.spent_s += time.perf_counter() - start
+
+
+def measure(engine: Engine, prompt: list[int], new_tokens: int, params: SamplingParams) -> dict[str, Any]:
+    """One generation that no stop id ends: times in seconds."""
+    session = engine._session
+    clocks = [session.decoder, session.embeddings]
+    steps: list[float] = []
+    outside: list[float] = []
+    start = time.perf_counter()
+    tokens = engine.generate(prompt, params, max_new_tokens=new_tokens)
+    next(tokens)
+    first_s = time.perf_counter() - start
+    while True:
+        inside = sum(clock.spent_s for clock in clocks)
+        before = time.perf_counter()
+        if next(tokens, None) is None:
+            break
+        steps.append(time.perf_counter() - before)
+        outside.append(steps[-1] - (sum(clock.spent_s for clock in clocks) - inside))
+    stats = engine.last_stats
+    assert stats is not None
+    return {"prefill_s": stats.prefill_s, "ttft_s": first_s, "steps": steps, "outside": outside}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[128])
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    args = parser.parse_args()
+
+    about = machine()
+    print_machine(about)
+    start = time.perf_counter()
+    bundle = open_bundle(args.bundle)
+    engine = Engine(bundle, threads=args.threads)
+    load_s = time.perf_counter() - start
+    engine.eos = frozenset()  # a random prompt may stop at once
+    engine._session.decoder = RunClock(engine._session.decoder)
+    engine._session.embeddings = RunClock(engine._session.embeddings)
+    threads = args.threads or bundle.manifest.runtime.threads
+    bandwidth = read_bandwidth_bytes_per_s(threads)
+    read_bytes = bundle.manifest.memory.read_per_token_bytes
+    print(
+        f"{bundle.name}: recipe {bundle.manifest.recipe}, {threads} threads, loaded in {load_s:.2f} s; "
+        f"{read_bytes / 2**20:.1f} MiB read per token, memory reads {bandwidth / 1e9:.1f} GB/s"
+    )
+
+    params = SamplingParams(temperature=args.temperature, top_p=args.top_p, seed=0)
+    random = np.random.default_rng(0)
+    rows = []
+    for prompt_tokens in args.prompt_tokens:
+        runs = []
+        for _ in range(args.repeats + 1):
+            prompt = random.integers(3, bundle.manifest.geometry.vocab_size, prompt_tokens).tolist()
+            runs.append(measure(engine, prompt, args.new_tokens, params))
+        runs = runs[1:]  # the first one warms up
+        step_s = median([step for run in runs for step in run["steps"]])
+        outside_s = median([step for run in runs for step in run["outside"]])
+        prefill_s = median([run["prefill_s"] for run in runs])
+        row = {
+            "prompt_tokens": prompt_tokens,
+            "prefill_tok_s": round(prompt_tokens / prefill_s, 1),
+            "ttft_s": round(median([run["ttft_s"] for run in runs]), 4),
+            "decode_tok_s": round(1 / step_s, 2),
+            "step_ms": round(step_s * 1e3, 3),
+            "outside_run_us": round(outside_s * 1e6, 1),
+            "share_of_bandwidth": round(read_bytes / step_s / bandwidth, 3),
+        }
+        rows.append(row)
+        print(
+            f"prompt {prompt_tokens}: prefill {row['prefill_tok_s']} tok/s, first token {row['ttft_s']} s, "
+            f"decode {row['decode_tok_s']} tok/s ({row['step_ms']} ms a step, {row['outside_run_us']} us "
+            f"of it outside session.run, {row['share_of_bandwidth']:.0%} of bandwidth)"
+        )
+    memory = memory_use()
+    print(f"memory: {memory}")
+    print_json(
+        {
+            "bench": "decode",
+            "bundle": bundle.name,
+            "recipe": bundle.manifest.recipe,
+            "threads": threads,
+            "load_s": round(load_s, 3),
+            "read_per_token_bytes": read_bytes,
+            "read_bandwidth_bytes_per_s": round(bandwidth),
+            "rss_bytes": memory.rss_bytes,
+            "anonymous_bytes": memory.anonymous_bytes,
+            "file_bytes": memory.file_bytes,
+            "rows": rows,
+            "machine": about,
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()
