@@ -1,0 +1,141 @@
+"""Phrases that say something about a sensor without a number: silent, rising, above its limit, all normal.
+
+Each phrase must be borne out by at least one of the sensors that its sentence is about. Phrases after a
+negation are passed over: the check never refuses what it does not understand.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+from .window import SensorStats, render_trend
+
+Holds = Callable[[SensorStats], bool]
+
+_NEGATION = re.compile(r"\b(?:no|not|none|never|neither|nor|without|nothing|cannot)\b|n't\b", re.IGNORECASE)
+_OTHERS = (
+    r"other|others|rest|remaining|except\w*|apart|aside|besides|but|however|although|though|while|return\w*|back|"
+    r"again|recover\w*"
+)
+_OTHERS_ONLY = re.compile(rf"\b(?:{_OTHERS})\b", re.IGNORECASE)
+_CONTRAST = re.compile(
+    rf"\b(?:{_OTHERS}|until|till|before|after|then|later|outside|once|otherwise|also|above|below|silent|exceed\w*)\b",
+    re.IGNORECASE,
+)
+_KEPT = re.compile(r"\b(?:stay\w*|remain\w*|kept|keep\w*|well|always|within)\b", re.IGNORECASE)
+_OWN = (
+    r"(?:its|the|their|this|that|an?|own|allowed|permitted|set|configured|safe|defined|operating|specified)"
+)
+
+
+def is_silent(sensor: SensorStats) -> bool:
+    return sensor.silent_since_s is not None or not sensor.count
+
+
+def is_out(sensor: SensorStats, kind: str, *, still: bool = False) -> bool:
+    return any(e.kind == kind and (e.last_s is None or not still) for e in sensor.excursions)
+
+
+def has_returned(sensor: SensorStats) -> bool:
+    return any(e.last_s is not None for e in sensor.excursions)
+
+
+def has_trend(sensor: SensorStats, word: str) -> bool:
+    return bool(sensor.count) and sensor.trend_per_hour is not None and render_trend(sensor).startswith(word)
+
+
+# (what is claimed, phrase, does the sensor bear it out)
+_PHRASES: tuple[tuple[str, re.Pattern[str], Holds], ...] = tuple(
+    (name, re.compile(pattern, re.IGNORECASE), holds)
+    for name, pattern, holds in (
+        (
+            "silent",
+            r"\bsilent\b|\bsilence\b|\boffline\b|\bstopped (?:reporting|sending|responding|transmitting)\b"
+            r"|\b(?:sent|sends|sending|provided|delivered|reported) no\b"
+            r"|\bnot (?:reporting|responding|reported)\b|\bno (?:data|signal|reports?)\b"
+            r"|\bno readings?(?! (?:were|was|are|is|above|below|beyond|out|exceed\w*))\b",
+            is_silent,
+        ),
+        (
+            "rising",
+            r"\b(?:rising|increasing|climbing)\b(?! (?:above|beyond|over|to|past))",
+            lambda s: has_trend(s, "rising"),
+        ),
+        (
+            "falling",
+            r"\b(?:falling|decreasing|declining|dropping)\b"
+            r"(?! (?:silent|below|beneath|under|to|out|short|within|back))",
+            lambda s: has_trend(s, "falling"),
+        ),
+        ("steady", r"\bsteady\b", lambda s: has_trend(s, "steady")),
+        (
+            "still above",
+            r"\bstill (?:\w+ )?(?:above|over|beyond|exceed\w*|too high)\b",
+            lambda s: is_out(s, "above", still=True),
+        ),
+        (
+            "still below",
+            r"\bstill (?:\w+ )?(?:below|under|beneath|too low)\b",
+            lambda s: is_out(s, "below", still=True),
+        ),
+        (
+            "back within its limits",
+            r"\b(?:recovered|(?:returned|back) (?:to normal|with?in|inside|in range))\b",
+            has_returned,
+        ),
+    )
+)
+_PAST_HIGH = re.compile(
+    rf"\b(?:above|over|beyond|exceed(?:s|ed|ing)?)(?: {_OWN})*(?: (?:upper|high|maximum|max))?"
+    r" (?:limit|threshold)s?\b",
+    re.IGNORECASE,
+)
+_PAST_LOW = re.compile(
+    rf"\b(?:below|under|beneath)(?: {_OWN})*(?: (?:lower|low|minimum|min))? (?:limit|threshold)s?\b",
+    re.IGNORECASE,
+)
+_NORMAL = re.compile(
+    r"\bnormal(?:ly)?\b"
+    r"|\bwithin (?:(?:its|the|their|all|normal|set|given|allowed|expected) )*(?:limits?|ranges?|bounds)\b",
+    re.IGNORECASE,
+)
+_ALL_NORMAL = re.compile(
+    r"\b(?:all|every|each|everything)\b[^.;]*?"
+    r"\b(?:normal(?:ly)?|within (?:\w+ )*?(?:limits?|ranges?|bounds)|fine|ok|okay)\b"
+    r"|\bno (?:\w+ )?(?:anomal\w+|problems?|issues?|alarms?|alerts?|faults?)"
+    r" (?:was|were|is|are|have|has|detected|found|occurred|to)\b"
+    r"|\b(?:no anomal\w+|no problems|no issues)\W*$",
+    re.IGNORECASE,
+)
+
+
+def false_claims(
+    text: str, about: Sequence[SensorStats], *, named: bool, all_sensors: Sequence[SensorStats]
+) -> Iterator[str]:
+    """What `text` claims of `about` that none of them bears out. `named`: the text itself names all of
+    `about`.
+    """
+    for name, phrase, holds in _PHRASES:
+        match = phrase.search(text)
+        if match and not _negated(text, match.start()) and not any(map(holds, about)):
+            yield f"{name} is not in the data"
+    for name, phrase, kind in (("above", _PAST_HIGH, "above"), ("below", _PAST_LOW, "below")):
+        match = phrase.search(text)
+        if match is None or _negated(text, match.start()) or _KEPT.search(text[: match.start()]):
+            continue
+        # "below its limit" is good news of a sensor that has an upper limit only.
+        if not any(is_out(s, kind) or (s.low if kind == "below" else s.high) is None for s in about):
+            yield f"{name} its limit is not in the data"
+    wrong = [s for s in all_sensors if s.excursions or is_silent(s)]
+    if wrong and (match := _ALL_NORMAL.search(text)) and not _negated(text, match.start()):
+        if not _OTHERS_ONLY.search(text):
+            yield "all normal is not in the data"
+    elif named and about and all(s in wrong for s in about) and not _CONTRAST.search(text):
+        match = _NORMAL.search(text)
+        if match and not _negated(text, match.start()):
+            yield "normal is not in the data"
+
+
+def _negated(text: str, position: int) -> bool:
+    return bool(_NEGATION.search(text[:position]))

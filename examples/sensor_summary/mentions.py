@@ -1,0 +1,79 @@
+"""Which sensors a sentence is about: finds their names, whole or as people shorten them, and takes them out."""
+
+from __future__ import annotations
+
+import re
+
+from .numerals import MASK, plain_form
+from .window import Window
+
+
+class Mentions:
+    """Finds the sensors that a sentence is about."""
+
+    def __init__(self, window: Window) -> None:
+        names = [sensor.name for sensor in window.sensors]
+        self._full = [
+            # Whole names only: "a/t1" is not named by "a/t10"; a full stop or colon may follow.
+            (name, re.compile(rf"(?<![\w/.-]){re.escape(plain_form(name))}(?![\w/-]|[.:]\w)"))
+            for name in sorted(names, key=len, reverse=True)
+        ]
+        places: dict[str, list[str]] = {}
+        for name in names:
+            levels = name.split("/")
+            for first in range(len(levels)):
+                for end in range(first + 1, len(levels) + 1):
+                    if (first, end) != (0, len(levels)):
+                        places.setdefault("/".join(levels[first:end]), []).append(name)
+        self._places = [
+            (re.compile(pattern, re.IGNORECASE), mentioned)
+            for place, mentioned in sorted(places.items(), key=lambda item: -len(item[0]))
+            if (pattern := _loosely(place))
+        ]
+        # The quantity at the end of a name says too little about which sensor is meant.
+        self._last = {name.rsplit("/", 1)[-1] for name in names if "/" in name}
+        self._places = [
+            (pattern, [] if any(pattern.fullmatch(last) for last in self._last) else mentioned)
+            for pattern, mentioned in self._places
+        ]
+        others = {plain_form(window.site), *(plain_form(s.quantity) for s in window.sensors)}
+        self._others = [
+            re.compile(rf"(?<![\w/-]){re.escape(other)}(?![\w/-])", re.IGNORECASE)
+            for other in sorted(others, key=len, reverse=True)
+            if re.search(r"[^\W\d]", other)
+        ]
+
+    def take(self, text: str) -> tuple[str, list[str], list[str]]:
+        """(the text with a mask for each name, sensors named in full, sensors at places that are named)."""
+        named: list[str] = []
+        loose: list[str] = []
+        for name, pattern in self._full:
+            text, count = pattern.subn(MASK, text)
+            if count:
+                named.append(name)
+        for pattern in self._others:
+            text = pattern.sub(lambda match: _without_digits(match[0]), text)
+        for pattern, mentioned in self._places:
+            text, count = pattern.subn(lambda match: _without_digits(match[0]), text)
+            if count:
+                loose += mentioned
+        return text, named, loose
+
+
+def _loosely(place: str) -> str | None:
+    """A pattern for part of a name as people write it: "bench-3" also as "Bench 3"; None: too short."""
+    pieces = re.findall(r"[^\W\d_]+|\d+|[/:.]", place)
+    if not any(len(piece) > 1 and piece.isalpha() for piece in pieces) and not re.search(
+        r"[^\W\d_]\W?\d", place
+    ):
+        return None
+    body = ""
+    for index, piece in enumerate(pieces):
+        joined = index and piece not in "/:." and pieces[index - 1] not in "/:."
+        body += (r"[-_ ]?" if joined else "") + re.escape(piece)
+    return rf"(?<![\w/.-]){body}(?![\w/-]|[.:]\w)"
+
+
+def _without_digits(text: str) -> str:
+    """Words that stay readable for the phrases, with nothing left that could be a number or a name."""
+    return MASK if re.search(r"[\d/_]", text) else text
