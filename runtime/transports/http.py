@@ -34,6 +34,7 @@ from .openai_reply import ChunkStream, Completion, ReplyHead, error_object, erro
 log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 64
+MAX_DISCARDED_BYTES = 8 * MAX_BODY_BYTES
 BODY_TIMEOUT_S = 30.0  # to send a body
 SEND_TIMEOUT_S = 60.0  # for a client to take one chunk
 RETRY_AFTER_S = {"busy": 2, "shutting_down": 10}
@@ -257,22 +258,29 @@ async def _follow(job: Job, receive: Receive) -> AsyncGenerator[Event]:
 
 
 async def _read_body(request: Request) -> bytes:
-    """The body, at most MAX_BODY_BYTES of it. Raises ApiError."""
+    """The body, at most MAX_BODY_BYTES of it. Raises ApiError.
+
+    A somewhat larger one is read to its end and forgotten: many clients look for an answer only then.
+    """
     too_large = ApiError(f"the body is larger than {MAX_BODY_BYTES} bytes", code="payload_too_large")
     declared = request.headers.get("content-length", "0")
-    if len(declared) > 12 or (declared.isdigit() and int(declared) > MAX_BODY_BYTES):
+    if len(declared) > 12 or (declared.isdigit() and int(declared) > MAX_DISCARDED_BYTES):
         raise too_large
     body = bytearray()
+    size = 0
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             async for part in request.stream():
-                body += part
-                if len(body) > MAX_BODY_BYTES:
+                size += len(part)
+                if size <= MAX_BODY_BYTES:
+                    body += part
+                elif size > MAX_DISCARDED_BYTES:
                     raise too_large
     except TimeoutError as cause:
-        raise ApiError(
-            f"the body did not arrive in {BODY_TIMEOUT_S:.0f} s", code="request_timeout"
-        ) from cause
+        message = f"the body did not arrive in {BODY_TIMEOUT_S:.0f} s"
+        raise ApiError(message, code="request_timeout") from cause
+    if size > MAX_BODY_BYTES:
+        raise too_large
     return bytes(body)
 
 

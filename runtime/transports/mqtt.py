@@ -82,18 +82,15 @@ class MqttTransport:
         self._broker = broker
         self._topics = topics
         self._ca_file = ca_file
-        self._versions = {
-            "auto": (MQTTProtocolVersion.MQTTv5, MQTTProtocolVersion.MQTTv311),
-            "5": (MQTTProtocolVersion.MQTTv5,),
-            "3.1.1": (MQTTProtocolVersion.MQTTv311,),
-        }[version]
-        self._client = self._new_client(self._versions[0])
+        self._finds_version = version == "auto"
+        self._client = self._new_client(
+            MQTTProtocolVersion.MQTTv311 if version == "3.1.1" else MQTTProtocolVersion.MQTTv5
+        )
         self._closing = threading.Event()
         self._draining = False
         self._online = threading.Event()  # connected and subscribed
         self._changed = threading.Event()  # the connection ended, or its attempt failed: `_reason` says why
         self._reason = ""
-        self._refused_version = False  # the last attempt's: the broker does not speak this MQTT version
         self._supervisor = threading.Thread(target=self._supervise, name="mqtt", daemon=True)
         self._lock = threading.Lock()  # guards the three below
         self._workers: set[threading.Thread] = set()
@@ -137,9 +134,6 @@ class MqttTransport:
             was_online = self._one_connection()
             if self._closing.is_set():
                 return
-            if self._refused_version and self._versions[0] == MQTTProtocolVersion.MQTTv311:
-                log.info("%s does not speak MQTT 5, trying 3.1.1", self._broker)
-                continue
             failures = 1 if was_online else failures + 1
             delay_s = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2 ** (failures - 1)) * random.uniform(0.5, 1.0)
             log.warning("%s: %s; next attempt in %.1f s", self._broker, self._reason, delay_s)
@@ -147,11 +141,12 @@ class MqttTransport:
 
     def _one_connection(self) -> bool:
         """Connect, and return when the connection has ended (`_reason` says why): had it ever been online?"""
-        client = self._client
         self._changed.clear()
-        self._refused_version = False
         self._reason = "no answer from the broker"
         try:
+            if self._finds_version:
+                self._use_version(self._find_version())
+            client = self._client
             self._connect(client)
         except (OSError, ValueError) as cause:
             self._reason = f"cannot connect ({cause})"
@@ -163,10 +158,27 @@ class MqttTransport:
         self._online.clear()
         client.disconnect()  # lets the loop end, whatever is still queued
         client.loop_stop()
-        if self._refused_version and len(self._versions) > 1:
-            self._versions = self._versions[::-1]
-            self._client = self._new_client(self._versions[0])
         return was_online
+
+    def _find_version(self) -> MQTTProtocolVersion:
+        """Ask with a bare MQTT 5 CONNECT: every old broker refuses it, while some hang on our full one."""
+        answers: list[ReasonCode] = []
+        probe = self._bare_client(MQTTProtocolVersion.MQTTv5)
+        probe.on_connect = lambda client, userdata, flags, reason, properties: answers.append(reason)
+        probe.connect(self._broker.host, self._broker.port, KEEPALIVE_S, clean_start=True)
+        deadline = time.monotonic() + CONNACK_TIMEOUT_S
+        while not answers and time.monotonic() < deadline and not self._closing.is_set():
+            if probe.loop(0.2) != MQTTErrorCode.MQTT_ERR_SUCCESS:
+                break
+        probe.disconnect()
+        is_old = bool(answers) and answers[0] == "Unsupported protocol version"
+        return MQTTProtocolVersion.MQTTv311 if is_old else MQTTProtocolVersion.MQTTv5
+
+    def _use_version(self, version: MQTTProtocolVersion) -> None:
+        if (
+            version != self._client.protocol
+        ):  # answers that still wait in the old client are lost: rare enough
+            self._client = self._new_client(version)
 
     def _connect(self, client: Client) -> None:
         host, port = self._broker.host, self._broker.port
@@ -178,12 +190,21 @@ class MqttTransport:
             client.connect(host, port, KEEPALIVE_S)
 
     def _new_client(self, version: MQTTProtocolVersion) -> Client:
-        is_v5 = version == MQTTProtocolVersion.MQTTv5
+        client = self._bare_client(version)
+        client.will_set(self._topics.availability, b"offline", qos=1, retain=True)
+        client.max_queued_messages_set(MAX_QUEUED_REPLIES)
+        client.on_connect = self._on_connect
+        client.on_subscribe = self._on_subscribe
+        client.on_disconnect = self._on_disconnect
+        client.on_message = self._on_message
+        return client
+
+    def _bare_client(self, version: MQTTProtocolVersion) -> Client:
         client = Client(
             CallbackAPIVersion.VERSION2,
             # The same id at each start: the broker then ends a dead connection of this node at once.
             client_id=f"{self._topics.base}-{self._topics.node}".replace("/", "-"),
-            clean_session=None if is_v5 else True,
+            clean_session=None if version == MQTTProtocolVersion.MQTTv5 else True,
             protocol=version,
             reconnect_on_failure=False,
         )
@@ -191,12 +212,6 @@ class MqttTransport:
             client.username_pw_set(self._broker.username, self._broker.password)
         if self._broker.tls:
             client.tls_set(ca_certs=str(self._ca_file) if self._ca_file else None)
-        client.will_set(self._topics.availability, b"offline", qos=1, retain=True)
-        client.max_queued_messages_set(MAX_QUEUED_REPLIES)
-        client.on_connect = self._on_connect
-        client.on_subscribe = self._on_subscribe
-        client.on_disconnect = self._on_disconnect
-        client.on_message = self._on_message
         return client
 
     # --- callbacks: paho's network thread
@@ -210,7 +225,6 @@ class MqttTransport:
         properties: Properties | None,
     ) -> None:
         if reason.is_failure:
-            self._refused_version = reason == "Unsupported protocol version"
             self._fail(f"the broker refused the connection ({reason})")
         else:
             client.subscribe(self._topics.request, qos=1)

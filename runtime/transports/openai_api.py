@@ -99,7 +99,7 @@ class ApiLimits:
     """What the daemon grants."""
 
     model: str  # the name it serves
-    max_tokens: int | None = None  # most new tokens of one answer; None: what the context holds
+    max_tokens: int | None = None  # most new tokens that a request may ask for; None: what the context holds
     timeout_s: float = 600.0  # longest time from arrival to the end of the answer
 
 
