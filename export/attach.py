@@ -48,6 +48,7 @@ def _replace(graph: ir.Graph, node: ir.Node, stored: Mapping[str, StoredWeight],
     entry = stored[head if weight.name == HEAD else weight.name]
     make = {LINEAR: _linear, TABLE: _table}[node.op_type]
     replacement = make(graph, other, entry)
+    replacement.name = node.name
     graph.insert_before(node, replacement)
     old, new = node.outputs[0], replacement.outputs[0]
     new.name, new.shape, new.type = old.name, old.shape, old.type

@@ -44,6 +44,9 @@ def write_text_graph(embeddings: Path, decoder: Path, out: Path) -> None:
         elif value.name == "logits_to_keep":
             graph.inputs.remove(value)
     graph.inputs.insert(0, ids)
+    logits = graph.outputs[0]
+    assert logits.shape is not None
+    logits.shape = ir.Shape([1, 1, logits.shape[2]])  # as the other engine allocates it
     _free_capacities(graph)
     ir.save(model, out)
 

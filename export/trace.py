@@ -6,6 +6,7 @@ A traced graph has placeholder operators where weights go (`modules/ops.py`) and
 
 from __future__ import annotations
 
+import itertools
 import logging
 import warnings
 from collections.abc import Iterator
@@ -87,7 +88,7 @@ def trace_embeddings(model: TextModel) -> Traced:
     graph.graph.inputs[0].name = "input_ids"
     for value, name in zip(graph.graph.outputs, ("inputs_embeds", "per_layer_inputs"), strict=False):
         value.name = name
-    _finish(graph)
+    _finish(graph, "embeddings")
     return Traced(graph, {})
 
 
@@ -136,21 +137,27 @@ def _name_decoder(model: ir.Model, names: list[str], cache_names: list[str]) -> 
     keep.name = KEEP
     keep.const_value = ir.tensor([1], dtype=ir.DataType.INT64, name=keep.name)
     graph.initializers[keep.name] = keep  # an input with a default: callers may leave it out
-    _finish(model)
+    _finish(model, "decoder")
 
 
-def _finish(model: ir.Model) -> None:
-    """Drop what tracing leaves behind. Shapes inside the graph go too: those of padded rows were declared wrong."""
+def _finish(model: ir.Model, prefix: str) -> None:
+    """Drop what tracing leaves behind. Shapes inside the graph go too: those of padded rows were declared wrong.
+
+    Values and nodes are numbered after `prefix`, so that two graphs can be joined.
+    """
     graph = model.graph
     outputs = set(graph.outputs)
+    numbers = itertools.count()
     for node in graph:
         node.metadata_props.clear()
         node.doc_string = None
+        node.name = f"{prefix}/{node.op_type}_{next(numbers)}"
         for value in node.outputs:
             value.metadata_props.clear()
             if value not in outputs:
                 value.shape = None
                 value.type = None
+                value.name = f"{prefix}/{next(numbers)}"
     for value in graph.initializers.values():
         if value.name != KEEP:
             value.const_value = None  # a fake tensor

@@ -156,7 +156,8 @@ def group_query_attention(
         inputs += [None, None, *scales]
     while inputs[-1] is None:
         inputs.pop()
-    outputs = (query, *past) if writes else (query,)
+    # The CPU operator wants somewhere to put an int8 cache even if it writes nothing: a copy that no one reads.
+    outputs = (query, *past) if writes or scales is not None else (query,)
     return tuple(
         symbolic_multi_out(
             "com.microsoft::GroupQueryAttention",
@@ -166,4 +167,4 @@ def group_query_attention(
             shapes=tuple(output.shape for output in outputs),
             version=1,
         )
-    )
+    )[: 3 if writes else 1]
