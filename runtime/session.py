@@ -43,7 +43,7 @@ class Session:
 
         context, chunk = manifest.caches.context, self.chunk
         self._ids = np.zeros((1, chunk), np.int64)
-        # inputs_embeds (1, chunk, hidden) and per_layer_inputs (1, chunk, layers * width), if the model has them
+        # inputs_embeds (1, chunk, hidden), per_layer_inputs (1, chunk, layers * width) if the model has them
         self._embedded = {
             value.name: np.zeros((1, chunk, value.shape[2]), _TYPES[value.type])
             for value in self.embeddings.get_outputs()

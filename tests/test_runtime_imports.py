@@ -5,7 +5,6 @@ from __future__ import annotations
 import pkgutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -55,8 +54,10 @@ def test_the_command_line_starts_without_the_engine():
 
 
 @pytest.mark.parametrize("stats", [[], ["--stats"]])
-def test_asking_loads_no_host_package(tiny_bundle: Path, stats: list[str]):
+def test_asking_loads_no_host_package(tiny_bundle, stats: list[str]):
     code = "import sys\nfrom gemma_edge.cli import main\nassert main(sys.argv[1:]) == 0"
-    loaded = loaded_by(code, "ask", str(tiny_bundle), "temperature?", "--max-tokens", "3", *stats)
+    loaded = loaded_by(
+        code, "ask", str(tiny_bundle(context=192, chunk=16).path), "temperature?", "--max-tokens", "3", *stats
+    )
     assert "onnxruntime" in loaded
     assert not loaded & set(HOST_ONLY)
