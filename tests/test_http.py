@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import shutil
-import socket
 import subprocess
 import threading
 import time
@@ -23,6 +22,7 @@ from gemma_edge.runtime.transports.http import HttpServer
 from gemma_edge.runtime.transports.openai_api import MAX_BODY_BYTES, ApiLimits
 from gemma_edge.runtime.transports.sockets import bind_tcp, bind_unix
 
+from .support.daemon_process import UnixConnection, chat, request, stream, user, wait_until
 from .support.scripted_daemon import CONTEXT, MODEL_NAME, ReplyEngine, scripted_service
 
 
@@ -35,20 +35,10 @@ class Served:
     def request(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
     ) -> tuple[int, dict[str, str], Any]:
-        connection = UnixConnection(self.path)
-        raw = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-        connection.request(method, path, raw, headers or {})
-        response = connection.getresponse()
-        data = response.read()
-        connection.close()
-        return (
-            response.status,
-            {name.lower(): value for name, value in response.getheaders()},
-            json.loads(data),
-        )
+        return request(self.path, method, path, body, headers)
 
     def chat(self, text: str, **more: Any) -> tuple[int, dict[str, str], Any]:
-        return self.request("POST", "/v1/chat/completions", {"messages": user(text), **more})
+        return chat(self.path, text, **more)
 
     def client(self, **more: Any) -> openai.OpenAI:
         transport = httpx2.HTTPTransport(uds=str(self.path))
@@ -58,21 +48,6 @@ class Served:
             http_client=httpx2.Client(transport=transport),
             **more,
         )
-
-
-class UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=30)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
-
-
-def user(text: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": text}]
 
 
 @contextmanager
@@ -194,8 +169,8 @@ def test_thinking_is_switched_on(served: Served, how: dict[str, Any]) -> None:
 
 
 def test_streamed_chunks(served: Served) -> None:
-    events = stream_lines(
-        served, {"messages": user("hello"), "stream": True, "stream_options": {"include_usage": True}}
+    events = stream(
+        served.path, {"messages": user("hello"), "stream": True, "stream_options": {"include_usage": True}}
     )
     assert events[-1] == "[DONE]"
     chunks = [json.loads(event) for event in events[:-1]]
@@ -207,17 +182,6 @@ def test_streamed_chunks(served: Served) -> None:
     assert text == "You said: hello"
     assert chunks[-2]["choices"][0]["finish_reason"] == "stop" and chunks[-2]["usage"] is None
     assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] > 0
-
-
-def stream_lines(served: Served, body: dict[str, Any]) -> list[str]:
-    """The `data:` of each event."""
-    connection = UnixConnection(served.path)
-    connection.request("POST", "/v1/chat/completions", json.dumps(body))
-    response = connection.getresponse()
-    assert response.status == 200 and response.headers["content-type"].startswith("text/event-stream")
-    text = response.read().decode()
-    connection.close()
-    return [block.removeprefix("data: ") for block in text.split("\n\n") if block]
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -345,13 +309,6 @@ def test_a_full_queue_is_busy_at_once(tmp_path: Path) -> None:
         assert served.chat("hello")[0] == 200
 
 
-def wait_until(condition: Any, timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.01)
-
-
 def test_timeout_is_a_504(tmp_path: Path) -> None:
     with serving(tmp_path, step_s=0.05) as served:
         status, _, body = served.chat("repeat 500 word", timeout_s=0.3)
@@ -366,14 +323,14 @@ def test_draining_is_a_503(tmp_path: Path) -> None:
         assert served.request("GET", "/health")[0] == 503
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_cancels_its_request(tmp_path: Path, stream: bool) -> None:
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_client_that_leaves_cancels_its_request(tmp_path: Path, streaming: bool) -> None:
     with serving(tmp_path, step_s=0.02) as served:
         connection = UnixConnection(served.path)
-        body = {"messages": user("repeat 1000 word"), "stream": stream}
+        body = {"messages": user("repeat 1000 word"), "stream": streaming}
         connection.request("POST", "/v1/chat/completions", json.dumps(body))
         wait_until(lambda: served.service.health()["state"] == "generating")
-        if stream:
+        if streaming:
             connection.getresponse().readline()
         connection.close()
         connection.sock = None
@@ -397,7 +354,7 @@ def test_a_waiting_request_of_a_client_that_leaves_frees_its_place(tmp_path: Pat
 
 def test_an_error_in_mid_stream_ends_it_with_an_error_event(tmp_path: Path) -> None:
     with serving(tmp_path, step_s=0.05) as served:
-        events = stream_lines(served, {"messages": user("repeat 500 word"), "stream": True, "timeout_s": 0.5})
+        events = stream(served.path, {"messages": user("repeat 500 word"), "stream": True, "timeout_s": 0.5})
         assert json.loads(events[-1])["error"]["code"] == "timeout" and len(events) > 1
 
 

@@ -28,7 +28,7 @@ from starlette.types import Receive, Scope, Send
 
 from ..errors import RequestError
 from ..service import Done, Event, Failed, Job, Service
-from .openai_api import MAX_BODY_BYTES, ApiError, ApiLimits, ChatCall, chat_call, parse_object
+from .openai_api import MAX_BODY_BYTES, ApiError, ApiLimits, ChatCall, chat_call, parse_object, unknown_model
 from .openai_reply import ChunkStream, Completion, ReplyHead, error_object, error_status, failure
 
 log = logging.getLogger(__name__)
@@ -143,9 +143,7 @@ class Api:
         self._guard(request)
         name = request.path_params["model"]
         if name != self._limits.model:
-            raise ApiError(
-                f"no model {name!r}; this daemon serves {self._limits.model!r}", "model", "model_not_found"
-            )
+            raise unknown_model(name, self._limits)
         return _json(self._model_object())
 
     async def _health(self, request: Request) -> Response:

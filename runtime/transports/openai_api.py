@@ -155,11 +155,7 @@ def chat_call(data: dict[str, Any], limits: ApiLimits) -> ChatCall:
     """A decoded body to a request. Raises ApiError naming the parameter."""
     body = _body(data)
     if body.model is not None and body.model != limits.model:
-        raise ApiError(
-            f"model {body.model!r} is not served here; this daemon serves {limits.model!r}",
-            "model",
-            "model_not_found",
-        )
+        raise unknown_model(body.model, limits)
     if body.stream_options is not None and not body.stream:
         raise ApiError("`stream_options` needs `stream`: true", "stream_options")
     request = ChatRequest(
@@ -173,6 +169,12 @@ def chat_call(data: dict[str, Any], limits: ApiLimits) -> ChatCall:
     )
     usage = body.stream_options is not None and bool(body.stream_options.include_usage)
     return ChatCall(request, stream=bool(body.stream), include_usage=usage)
+
+
+def unknown_model(name: str, limits: ApiLimits) -> ApiError:
+    """The error for a model that is not the one served."""
+    message = f"no model {name[:100]!r} here; this daemon serves {limits.model!r}"
+    return ApiError(message, "model", "model_not_found")
 
 
 def _body(data: dict[str, Any]) -> Body:
