@@ -95,7 +95,7 @@ def trace_embeddings(model: TextModel) -> Traced:
 @contextmanager
 def _fake_tensors() -> Iterator[None]:
     """Fake tensors without gradients, and without the tracing libraries' talk."""
-    loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir")]
+    loggers = [logging.getLogger(name) for name in ("torch", "torch.__trace", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
