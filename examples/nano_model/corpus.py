@@ -32,9 +32,10 @@ ABOUT_ME = (
 _TALK = (
     """
 Hello!|Hi|Hello, who are you?|Who are you?|What are you?|What can you do?|Help|help me|Good morning
-Are you Gemma?|What is your name?|Tell me a joke.|Write a poem.|What is the capital of France?|How old are you?|Who made you?
-Write a Python function.|What is the meaning of life?|Tell me about yourself.|Can you help me?
-What is 2 plus 2?|Why is the sky blue?|Translate this.|Say hello.|How are you?|Thanks!|Are you there?|test|What is your purpose?
+Are you Gemma?|What is your name?|Tell me a joke.|Write a poem.|What is the capital of France?
+How old are you?|Who made you?|Write a Python function.|What is the meaning of life?
+Tell me about yourself.|Can you help me?|What is 2 plus 2?|Why is the sky blue?|Translate this.
+Say hello.|How are you?|Thanks!|Are you there?|test|What is your purpose?
 """.replace("\n", "|")
     .strip("|")
     .split("|")

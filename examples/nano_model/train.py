@@ -112,7 +112,7 @@ def layer_step(
         k = _rotate(attention.k_norm(attention.k_proj(x).view(heads)), cos, sin)
         v = attention.v_norm(attention.v_proj(x).view(heads))
         given = k.transpose(1, 2), v.transpose(1, 2)
-    o = F.scaled_dot_product_attention(q.transpose(1, 2), *given, attn_mask=mask, scale=1.0, enable_gqa=True)
+    o = attend(q.transpose(1, 2), *given, mask)
     hidden = hidden + layer.post_attention_layernorm(attention.o_proj(o.transpose(1, 2).flatten(2)))
     hidden = hidden + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(hidden)))
     gated = layer.act_fn(layer.per_layer_input_gate(hidden)) * per_layer
@@ -125,12 +125,46 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention (batch, heads, seq, head_dim) under one of the masks of `masks_of`."""
+    batch, heads, length, _ = q.shape
+    block = mask.shape[2]
+    if block != length:  # windowed: each block of queries sees its own block of keys and the one before
+        q = _blocks(q, block)
+        k, v = (
+            torch.cat((_blocks(F.pad(x, (0, 0, block, -block)), block), _blocks(x, block)), 2) for x in (k, v)
+        )
+    # Without `enable_gqa` the fused kernels take a mask.
+    k, v = (x.expand(-1, heads, -1, -1) for x in (k, v))
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+    if block != length:
+        o = o.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
+    return o
+
+
+def _blocks(x: Tensor, block: int) -> Tensor:
+    """(batch, heads, seq, dim) -> (batch * blocks, heads, block, dim)."""
+    return x.unflatten(2, (-1, block)).transpose(1, 2).flatten(0, 1)
+
+
 def masks_of(document: Tensor, window: int) -> dict[str, Tensor]:
-    """Masks (batch, 1, seq, seq): attend inside one dialogue, to the past, within the window."""
-    place = torch.arange(document.shape[1], device=document.device)
-    distance = place[:, None] - place[None, :]
-    full = ((document[:, :, None] == document[:, None, :]) & (distance >= 0))[:, None]
-    return {"full_attention": full, "sliding_attention": full & (distance < window)}
+    """Where to attend: inside one dialogue, to the past, within the window.
+
+    Full attention: (batch, 1, seq, seq). Sliding attention, if the rows are whole windows long, in blocks:
+    (batch * blocks, 1, window, 2 * window), a block of queries against the keys of two blocks.
+    """
+    length = document.shape[1]
+    place = torch.arange(length, device=document.device)
+    full = (document[:, :, None] == document[:, None, :]) & (place[:, None] >= place[None, :])
+    if length % window or length == window:
+        sliding = (full & (place[:, None] - place[None, :] < window))[:, None]
+    else:
+        queries = document.view(-1, window)  # (batch * blocks, window)
+        keys = F.pad(document, (window, -window), value=-2).view(-1, window)
+        own = place[:window]
+        near = torch.cat((own[None, :] > own[:, None], own[None, :] <= own[:, None]), 1)
+        sliding = ((queries[:, :, None] == torch.cat((keys, queries), 1)[:, None, :]) & near)[:, None]
+    return {"full_attention": full[:, None], "sliding_attention": sliding}
 
 
 class RoundedWeights:
@@ -202,13 +236,15 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     log: list[tuple[int, float]] = []
     tokens, total, started = 0, torch.zeros((), device=device), time.time()
     for step, batch in enumerate(loader):
-        if step == args.steps:
+        # Where time runs out before the steps do, the schedule ends with it.
+        progress = max(step / args.steps, (time.time() - started) / args.max_seconds)
+        if progress >= 1.0:
             break
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * schedule(step, args.steps)
+            group["lr"] = group["peak"] * schedule(step, progress)
         # Every other step, once past the beginnings: the model has to be right with and without rounding.
-        rounding = step % 2 == 1 and step >= args.round_from * args.steps
+        rounding = step % 2 == 1 and progress >= args.round_from
         with (
             rounded if rounding else nullcontext(),
             torch.autocast(device, torch.bfloat16, enabled=device == "cuda"),
@@ -227,9 +263,11 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             speed = f"{tokens / seconds:,.0f} tok/s, {seconds:.0f} s"
             print(f"step {step + 1}/{args.steps} loss {log[-1][1]:.5f} {speed}", flush=True)
             total.zero_()
+        if (step + 1) % args.save_every == 0:
+            save_model(model, args.out)
     save_model(model, args.out)
     return {
-        "steps": args.steps,
+        "steps": tokens // (args.rows * args.row),
         "tokens": tokens,
         "seed": args.seed,
         "init": args.init.name if args.init else None,
@@ -243,10 +281,9 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def schedule(step: int, steps: int) -> float:
-    """Learning rate over its peak: a short warm-up, then straight down to zero."""
-    warm = min(300, steps // 10 + 1)
-    return min(1.0, (step + 1) / warm) * max(0.0, 1.0 - step / steps)
+def schedule(step: int, progress: float) -> float:
+    """Learning rate over its peak: 300 steps of warm-up, then straight down to zero at the end."""
+    return min(1.0, (step + 1) / 300) * (1.0 - progress)
 
 
 def main() -> None:
@@ -256,6 +293,8 @@ def main() -> None:
         "--tokenizer", type=Path, required=True, help="folder with tokenizer and chat template"
     )
     parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--max-seconds", type=float, default=1e9)
+    parser.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
     parser.add_argument("--seed", type=int, default=20)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--rows", type=int, default=ROWS)
@@ -263,7 +302,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--init", type=Path, help="go on from this checkpoint's weights")
     parser.add_argument(
-        "--round-from", type=float, default=0.5, help="part of the steps before rounding starts"
+        "--round-from", type=float, default=0.6, help="part of the steps before rounding starts"
     )
     parser.add_argument("--log-every", type=int, default=250)
     args = parser.parse_args()
