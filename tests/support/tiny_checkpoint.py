@@ -85,9 +85,9 @@ def write_tiny_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     config = tiny_config(**overrides)
     model = random_model(config, seed)
-    weights = {
-        name: tensor.to(dtype) for name, tensor in model.state_dict().items() if name != "lm_head.weight"
-    }
+    weights = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del weights["lm_head.weight"]
     if layout == "multimodal":
         weights = _as_on_the_hub(weights, config, dtype)
     _write_weights(folder, weights, shards)
