@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import subprocess
 import threading
 import time
@@ -407,6 +409,52 @@ def test_broker_restart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
             assert text(client.wait_for(lambda m: b'"next"' in m.payload)) == "You said: hello"
     attempts = [record for record in caplog.records if "next attempt in" in record.getMessage()]
     assert 1 <= len(attempts) <= 8
+
+
+GARBAGE = [b"\x30\x05\x00\x01a\xff\xff", b"\x00" * 10, b"\x90\x01", b"\xf0\xff\xff\xff\xff\xff"]
+
+
+@pytest.mark.parametrize("garbage", GARBAGE, ids=repr)
+def test_a_broker_that_talks_nonsense_does_not_end_the_daemon(tmp_path: Path, garbage: bytes) -> None:
+    """It answers the CONNECT, sends what cannot be read, and stays silent: the daemon must try again."""
+    connections: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    connections.append(connection)
+                    connection.recv(1000)
+                    connection.sendall(b"\x20\x03\x00\x00\x00" + garbage + b"\xe0\x03")
+
+        threading.Thread(target=accept, daemon=True).start()
+        port = server.getsockname()[1]
+        with serving(tmp_path, port, version="5", wait=False):
+            deadline = time.monotonic() + 25
+            while len(connections) < 2:
+                assert time.monotonic() < deadline, "it did not come back"
+                time.sleep(0.05)
+        server.close()
+        for connection in connections:
+            connection.close()
+
+
+def test_two_daemons_with_one_name_say_so_and_slow_down(
+    broker: Mosquitto, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    topics = Topics("gemma-edge", "same")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    with (
+        serving(tmp_path / "a", broker.port, topics=topics),
+        serving(tmp_path / "b", broker.port, topics=topics),
+    ):
+        time.sleep(4)
+    taken = [
+        r.getMessage() for r in caplog.records if "does another daemon use this --node?" in r.getMessage()
+    ]
+    assert 1 <= len(taken) <= 6
 
 
 def test_starting_before_the_broker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

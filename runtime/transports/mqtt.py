@@ -15,6 +15,7 @@ import secrets
 import threading
 import time
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from paho.mqtt.client import (
     MQTTMessageInfo,
 )
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.exception import MQTTException
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
@@ -45,6 +47,7 @@ Version = Literal["auto", "5", "3.1.1"]
 KEEPALIVE_S = 30
 CONNACK_TIMEOUT_S = 10.0
 FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 60.0  # between attempts to connect
+STEADY_S = 30.0  # a connection that lasted so long was a good one: the delays start anew
 MAX_PACKET_BYTES = 4 * 1024 * 1024  # MQTT 5: the broker drops larger ones. The body's own cap is lower.
 MAX_QUEUED_REPLIES = 512  # while the broker is slow or away
 RECENT_REQUESTS = 64  # answered ones that are remembered, to know a redelivered copy
@@ -57,6 +60,23 @@ class Route:
     topic: str
     correlation: bytes | None = None  # Correlation Data
     transaction: str | int | None = None
+
+
+class LoopClient(Client):
+    """paho's client, which tells when its network thread ends, even by an exception."""
+
+    on_loop_end: Callable[[str], None] | None = None
+
+    def loop_forever(self, timeout: float = 1.0, retry_first_connection: bool = False) -> MQTTErrorCode:
+        reason = "the connection ended"
+        try:
+            return super().loop_forever(timeout, retry_first_connection)
+        except Exception as cause:  # paho raises on packets that it cannot read
+            reason = f"the connection broke ({type(cause).__name__}: {cause})"
+            return MQTTErrorCode.MQTT_ERR_PROTOCOL
+        finally:
+            if self.on_loop_end is not None:
+                self.on_loop_end(reason)
 
 
 RequestKey = tuple[str, bytes | None, str | int | None, bytes]
@@ -131,11 +151,16 @@ class MqttTransport:
     def _supervise(self) -> None:
         failures = 0
         while not self._closing.is_set():
+            started = time.monotonic()
             was_online = self._one_connection()
             if self._closing.is_set():
                 return
-            failures = 1 if was_online else failures + 1
-            delay_s = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2 ** (failures - 1)) * random.uniform(0.5, 1.0)
+            steady = was_online and time.monotonic() - started > STEADY_S
+            failures = 1 if steady else failures + 1
+            if was_online and failures > 1:  # mosquitto 2.0 does not tell that a session was taken over
+                self._reason += "; does another daemon use this --node?"
+            longest_s = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2 ** min(failures - 1, 16))
+            delay_s = longest_s * random.uniform(0.5, 1.0)
             log.warning("%s: %s; next attempt in %.1f s", self._broker, self._reason, delay_s)
             self._closing.wait(delay_s)
 
@@ -148,7 +173,7 @@ class MqttTransport:
                 self._use_version(self._find_version())
             client = self._client
             self._connect(client)
-        except (OSError, ValueError) as cause:
+        except (OSError, ValueError, MQTTException) as cause:
             self._reason = f"cannot connect ({cause})"
             return False
         client.loop_start()
@@ -189,7 +214,7 @@ class MqttTransport:
         else:
             client.connect(host, port, KEEPALIVE_S)
 
-    def _new_client(self, version: MQTTProtocolVersion) -> Client:
+    def _new_client(self, version: MQTTProtocolVersion) -> LoopClient:
         client = self._bare_client(version)
         client.will_set(self._topics.availability, b"offline", qos=1, retain=True)
         client.max_queued_messages_set(MAX_QUEUED_REPLIES)
@@ -197,10 +222,11 @@ class MqttTransport:
         client.on_subscribe = self._on_subscribe
         client.on_disconnect = self._on_disconnect
         client.on_message = self._on_message
+        client.on_loop_end = self._fail
         return client
 
-    def _bare_client(self, version: MQTTProtocolVersion) -> Client:
-        client = Client(
+    def _bare_client(self, version: MQTTProtocolVersion) -> LoopClient:
+        client = LoopClient(
             CallbackAPIVersion.VERSION2,
             # The same id at each start: the broker then ends a dead connection of this node at once.
             client_id=f"{self._topics.base}-{self._topics.node}".replace("/", "-"),
@@ -253,8 +279,7 @@ class MqttTransport:
         reason: ReasonCode,
         properties: Properties | None,
     ) -> None:
-        hint = "; does another daemon use this --node?" if reason == "Session taken over" else ""
-        self._fail(f"the connection ended ({reason}{hint})")
+        self._fail(f"the connection ended ({reason})")
 
     def _fail(self, reason: str) -> None:
         if not self._changed.is_set():  # the first reason is the cause
