@@ -28,7 +28,7 @@ from gemma_edge.runtime.transports.sockets import bind_tcp, bind_unix, default_s
 
 from .support.brokers import mosquitto
 from .support.daemon_process import SCRIPTED, SERVE, chat, daemon_process, request, stream, user, wait_until
-from .test_mqtt import body, peer, text
+from .support.mqtt_peer import body, peer, text
 
 
 def scripted(path: Path, *options: str) -> list[str]:
