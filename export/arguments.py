@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 
-def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+def add_export_arguments(parser: argparse.ArgumentParser, *, out_is_positional: bool = False) -> None:
+    """out_is_positional: Optimum's commands take the output folder as their last word."""
     parser.add_argument(
         "--model",
         metavar="PATH|HUB_ID",
@@ -15,9 +16,11 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", required=True, metavar="NAME", help="device profile; see `gemma-edge devices`")
     parser.add_argument("--recipe", metavar="NAME", help="quantization recipe (default: the profile's)")
     parser.add_argument("--context", type=_tokens, metavar="N", help="tokens of context (default: the profile's)")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="bundle folder (default: bundles/MODEL-DEVICE-RECIPE)"
-    )
+    out = dict(type=Path, help="bundle folder (default: bundles/MODEL-DEVICE-RECIPE)")
+    if out_is_positional:
+        parser.add_argument("out", nargs="?", metavar="OUT", **out)
+    else:
+        parser.add_argument("--out", metavar="DIR", **out)
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     parser.add_argument("--revision", metavar="REV", help="Hub branch, tag or commit")
     parser.add_argument("--offline", action="store_true", help="never ask the Hub; take what its cache has")
