@@ -15,7 +15,6 @@ import secrets
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +27,7 @@ from paho.mqtt.client import (
     MQTTMessage,
     MQTTMessageInfo,
 )
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.enums import MQTTErrorCode, MQTTProtocolVersion
 from paho.mqtt.exception import MQTTException
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
@@ -37,6 +36,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from ..errors import ConfigError, RequestError
 from ..service import Done, Job, Service
 from .mqtt_address import BrokerAddress, Topics
+from .mqtt_client import CONNACK_TIMEOUT_S, LoopClient, connect, find_version, new_client
 from .openai_api import ApiError, ApiLimits, ChatCall, chat_call, parse_object, take_transaction, text_object
 from .openai_reply import ChunkStream, Completion, ReplyHead, error_object, failure
 
@@ -44,11 +44,8 @@ log = logging.getLogger(__name__)
 
 Version = Literal["auto", "5", "3.1.1"]
 
-KEEPALIVE_S = 30
-CONNACK_TIMEOUT_S = 10.0
 FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 60.0  # between attempts to connect
 STEADY_S = 30.0  # a connection that lasted so long was a good one: the delays start anew
-MAX_PACKET_BYTES = 4 * 1024 * 1024  # MQTT 5: the broker drops larger ones. The body's own cap is lower.
 MAX_QUEUED_REPLIES = 512  # while the broker is slow or away
 RECENT_REQUESTS = 64  # answered ones that are remembered, to know a redelivered copy
 
@@ -60,23 +57,6 @@ class Route:
     topic: str
     correlation: bytes | None = None  # Correlation Data
     transaction: str | int | None = None
-
-
-class LoopClient(Client):
-    """paho's client, which tells when its network thread ends, even by an exception."""
-
-    on_loop_end: Callable[[str], None] | None = None
-
-    def loop_forever(self, timeout: float = 1.0, retry_first_connection: bool = False) -> MQTTErrorCode:
-        reason = "the connection ended"
-        try:
-            return super().loop_forever(timeout, retry_first_connection)
-        except Exception as cause:  # paho raises on packets that it cannot read
-            reason = f"the connection broke ({type(cause).__name__}: {cause})"
-            return MQTTErrorCode.MQTT_ERR_PROTOCOL
-        finally:
-            if self.on_loop_end is not None:
-                self.on_loop_end(reason)
 
 
 RequestKey = tuple[str, bytes | None, str | int | None, bytes]
@@ -170,9 +150,9 @@ class MqttTransport:
         self._reason = "no answer from the broker"
         try:
             if self._finds_version:
-                self._use_version(self._find_version())
+                self._use_version(find_version(self._bare_client(MQTTProtocolVersion.MQTTv5), self._broker))
             client = self._client
-            self._connect(client)
+            connect(client, self._broker)
         except (OSError, ValueError, MQTTException) as cause:
             self._reason = f"cannot connect ({cause})"
             return False
@@ -185,34 +165,16 @@ class MqttTransport:
         client.loop_stop()
         return was_online
 
-    def _find_version(self) -> MQTTProtocolVersion:
-        """Ask with a bare MQTT 5 CONNECT: every old broker refuses it, while some hang on our full one."""
-        answers: list[ReasonCode] = []
-        probe = self._bare_client(MQTTProtocolVersion.MQTTv5)
-        probe.on_connect = lambda client, userdata, flags, reason, properties: answers.append(reason)
-        probe.connect(self._broker.host, self._broker.port, KEEPALIVE_S, clean_start=True)
-        deadline = time.monotonic() + CONNACK_TIMEOUT_S
-        while not answers and time.monotonic() < deadline and not self._closing.is_set():
-            if probe.loop(0.2) != MQTTErrorCode.MQTT_ERR_SUCCESS:
-                break
-        probe.disconnect()
-        is_old = bool(answers) and answers[0] == "Unsupported protocol version"
-        return MQTTProtocolVersion.MQTTv311 if is_old else MQTTProtocolVersion.MQTTv5
-
     def _use_version(self, version: MQTTProtocolVersion) -> None:
         if (
             version != self._client.protocol
         ):  # answers that still wait in the old client are lost: rare enough
             self._client = self._new_client(version)
 
-    def _connect(self, client: Client) -> None:
-        host, port = self._broker.host, self._broker.port
-        if client.protocol == MQTTProtocolVersion.MQTTv5:
-            properties = Properties(PacketTypes.CONNECT)
-            properties.MaximumPacketSize = MAX_PACKET_BYTES
-            client.connect(host, port, KEEPALIVE_S, clean_start=True, properties=properties)
-        else:
-            client.connect(host, port, KEEPALIVE_S)
+    def _bare_client(self, version: MQTTProtocolVersion) -> LoopClient:
+        # The same id at each start: the broker then ends a dead connection of this node at once.
+        client_id = f"{self._topics.base}-{self._topics.node}".replace("/", "-")
+        return new_client(self._broker, client_id, version, self._ca_file)
 
     def _new_client(self, version: MQTTProtocolVersion) -> LoopClient:
         client = self._bare_client(version)
@@ -223,21 +185,6 @@ class MqttTransport:
         client.on_disconnect = self._on_disconnect
         client.on_message = self._on_message
         client.on_loop_end = self._fail
-        return client
-
-    def _bare_client(self, version: MQTTProtocolVersion) -> LoopClient:
-        client = LoopClient(
-            CallbackAPIVersion.VERSION2,
-            # The same id at each start: the broker then ends a dead connection of this node at once.
-            client_id=f"{self._topics.base}-{self._topics.node}".replace("/", "-"),
-            clean_session=None if version == MQTTProtocolVersion.MQTTv5 else True,
-            protocol=version,
-            reconnect_on_failure=False,
-        )
-        if self._broker.username:
-            client.username_pw_set(self._broker.username, self._broker.password)
-        if self._broker.tls:
-            client.tls_set(ca_certs=str(self._ca_file) if self._ca_file else None)
         return client
 
     # --- callbacks: paho's network thread
