@@ -36,20 +36,18 @@ def parse_summary(text: str) -> Summary:
 def _first_object(text: str) -> dict[str, Any]:
     """The first JSON object that can be read whole; objects inside it are not looked for."""
     decoder = json.JSONDecoder()
-    position, problem = text.find("{"), "there is no JSON object in the answer"
+    position, problem = text.find("{"), ""
     while position >= 0:
         try:
             data, _ = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            if problem.startswith("there"):
-                problem = f"the JSON object cannot be read: {error}"
-            position = text.find("{", position + 1)
-            continue
-        if isinstance(data, dict) and "title" in data:
-            return data
-        problem = 'the JSON object has no "title"'
+            problem = problem or f"the JSON object cannot be read: {error}"
+        else:
+            if "title" in data:
+                return data
+            problem = problem or 'the JSON object has no "title"'
         position = text.find("{", position + 1)
-    raise AnswerError(problem)
+    raise AnswerError(problem or "there is no JSON object in the answer")
 
 
 def _checked(summary: Summary) -> Summary:

@@ -1,4 +1,4 @@
-"""Which sensors a sentence is about: finds their names, whole or as people shorten them, and takes them out."""
+"""Which sensors a sentence is about: finds their names, whole or as people shorten them, and masks them."""
 
 from __future__ import annotations
 

@@ -14,12 +14,13 @@ import ssl
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from paho.mqtt.client import Client, MQTTMessage
+from paho.mqtt.client import Client, MQTTMessage, MQTTMessageInfo
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 KEEPALIVE_S = 30
 CONNECT_TIMEOUT_S = 10.0
 FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 30.0
-SESSION_EXPIRY_S = 300  # the broker keeps what comes while a connection is down for less
+GOODBYE_S = 10.0
 MAX_QUEUED = 2000
 # The daemon may become free or come back: worth waiting for.
 PASSING = ("busy", "shutting_down", "cancelled", "offline")
@@ -74,6 +75,7 @@ class Connection:
         self._stop = stop or threading.Event()
         self._client_id = f"{role}-{uuid.uuid4().hex[:12]}"
         self._client: Client | None = None
+        self._unconfirmed: deque[MQTTMessageInfo] = deque(maxlen=MAX_QUEUED)
 
     def __enter__(self) -> Connection:
         self.connect()
@@ -115,15 +117,16 @@ class Connection:
         """Publish with QoS 1. With `wait_s`: has the broker got it by then? Else: is it queued?"""
         assert self._client is not None, "publish() before connect()"
         info = self._client.publish(topic, payload, qos=1, retain=retain, properties=properties)
-        if wait_s and info.rc in (MQTTErrorCode.MQTT_ERR_SUCCESS, MQTTErrorCode.MQTT_ERR_NO_CONN):
-            deadline = time.monotonic() + wait_s
-            while not info.is_published() and time.monotonic() < deadline:
-                time.sleep(0.02)
-            return info.is_published()
-        return info.rc != MQTTErrorCode.MQTT_ERR_QUEUE_SIZE
+        if info.rc == MQTTErrorCode.MQTT_ERR_QUEUE_SIZE:
+            return False
+        self._unconfirmed.append(info)
+        return not wait_s or _confirmed([info], wait_s)
 
     def close(self) -> None:
+        """Leave the broker, once it has what was published (or is not there to take it)."""
         if self._client is not None:
+            if self._client.is_connected():
+                _confirmed(list(self._unconfirmed), GOODBYE_S)
             self._client.disconnect()
             self._client.loop_stop()
             self._client = None
@@ -173,12 +176,8 @@ class Connection:
         client.on_connect, client.on_subscribe, client.on_disconnect = on_connect, on_subscribe, on_disconnect
         client.on_message = self._receive
         try:
-            if is_v5:
-                properties = Properties(PacketTypes.CONNECT)
-                properties.SessionExpiryInterval = SESSION_EXPIRY_S
-                client.connect(self.broker.host, self.broker.port, KEEPALIVE_S, properties=properties)
-            else:
-                client.connect(self.broker.host, self.broker.port, KEEPALIVE_S)
+            # No properties: a broker that does not know MQTT 5 would wait for more bytes instead of refusing.
+            client.connect(self.broker.host, self.broker.port, KEEPALIVE_S)
         except (OSError, ssl.SSLError, ValueError) as error:
             return f"cannot connect ({error})"
         client.loop_start()
@@ -203,6 +202,17 @@ class Connection:
             )
         except Exception:  # one odd message must not end the network thread
             log.exception("a message on %s could not be handled", message.topic)
+
+
+def _confirmed(messages: Iterable[MQTTMessageInfo], timeout_s: float) -> bool:
+    """Whether the broker has all of them by then."""
+    deadline = time.monotonic() + timeout_s
+    for info in messages:
+        while not info.is_published():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.005)
+    return True
 
 
 class DaemonClient:
@@ -236,7 +246,7 @@ class DaemonClient:
             return False
         try:
             data = msgspec.json.decode(message.payload)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             data = None
         if isinstance(data, dict):
             ticket = (

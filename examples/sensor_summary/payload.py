@@ -7,6 +7,7 @@ Pure functions. A payload that cannot be read raises PayloadError; what is no re
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, tzinfo
@@ -19,6 +20,8 @@ from .config import JsonValue, SensorSettings, Source
 
 MAX_PAYLOAD_BYTES = 64 * 1024
 MAX_VALUE = 1e12
+LAST_TIME_S = 7_258_118_400.0  # the year 2200
+_NUMERIC = re.compile(r"\d+(?:\.\d+)?")
 _TRUE = ("on", "open", "opened", "true", "yes", "wet", "detected", "occupied", "home", "online")
 _FALSE = ("off", "closed", "shut", "false", "no", "dry", "clear", "empty", "away", "offline")
 DEFAULT_STATES: dict[str, float] = {**dict.fromkeys(_TRUE, 1.0), **dict.fromkeys(_FALSE, 0.0)}
@@ -66,7 +69,7 @@ def read(
         ]
     try:
         data = msgspec.json.decode(text)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise PayloadError(f"not JSON ({error})") from None
     if not isinstance(data, dict | list):
         raise PayloadError(f"expected a JSON object, got {text[:40]}")
@@ -166,16 +169,18 @@ def state_value(value: bool | str, settings: SensorSettings) -> float | None:
 
 def parse_time(value: Any, zone: tzinfo | None) -> float:
     """Unix time of ISO 8601 text (in `zone` when it names none), or of Unix seconds or milliseconds."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return value / 1000 if abs(value) > 1e11 else float(value)
     try:
-        moment = datetime.fromisoformat(str(value))
-    except ValueError:
-        try:
-            return parse_time(float(value), zone)
-        except (TypeError, ValueError, OverflowError, RecursionError):
-            raise PayloadError(f"expected a time, got {str(value)[:40]!r}") from None
-    return (moment if moment.tzinfo else moment.replace(tzinfo=zone)).timestamp()
+        if isinstance(value, str) and not _NUMERIC.fullmatch(value):
+            moment = datetime.fromisoformat(value)
+            time_s = (moment if moment.tzinfo else moment.replace(tzinfo=zone)).timestamp()
+        else:
+            time_s = float("nan") if isinstance(value, bool) else float(value)
+            time_s = time_s / 1000 if time_s > 1e11 else time_s
+    except (TypeError, ValueError, OverflowError):
+        time_s = float("nan")
+    if not 0 <= time_s < LAST_TIME_S:
+        raise PayloadError(f"expected a time, got {str(value)[:40]!r}")
+    return time_s
 
 
 def _time_s(

@@ -86,4 +86,4 @@ def clean_name(name: str) -> str:
     Letters, digits and `_ . / : -` only; a name without a letter gets the word "sensor" before it.
     """
     clean = _NOT_IN_NAMES.sub("_", name).strip("_/.:-")[:MAX_NAME].rstrip("_/.:-")
-    return clean if re.search(r"[^\W\d_]", clean) else f"sensor-{clean}".rstrip("-")
+    return clean if any(c.isalpha() for c in clean) else f"sensor-{clean}".rstrip("-")
