@@ -10,10 +10,10 @@ import contextlib
 import importlib.util
 import logging
 import os
+import select
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -193,11 +193,14 @@ class Daemon:
         self._settings = settings
         self._unix: UnixListener | None = None
         self._tcp: socket.socket | None = None
-        self._stop = threading.Event()
+        self._stopping = False
+        self._wake_read, self._wake_write = os.pipe()  # a handler may write to it, but take no lock
         self._cleanup = contextlib.ExitStack()
 
     def __enter__(self) -> Daemon:
         with contextlib.ExitStack() as cleanup:
+            cleanup.callback(os.close, self._wake_read)
+            cleanup.callback(os.close, self._wake_write)
             if self._settings.socket is not None or self._settings.tcp is not None:
                 _require_http()
             if self._settings.socket is not None:
@@ -221,7 +224,7 @@ class Daemon:
         limits = ApiLimits(service.model_name, self._settings.max_tokens, self._settings.timeout_s)
         http = self._start_http(service, limits)
         mqtt = self._start_mqtt(service, limits)
-        if mqtt and not self._stop.is_set() and not mqtt.wait_online(FIRST_MQTT_WAIT_S):
+        if mqtt and not self._stopping and not mqtt.wait_online(FIRST_MQTT_WAIT_S):
             log.warning("the broker does not answer yet; serving without it, and trying on")
         print(f"ready: {service.model_name} on {', '.join(self._addresses())}", file=sys.stderr, flush=True)
         _notify(f"READY=1\nSTATUS=serving {service.model_name}")
@@ -231,12 +234,14 @@ class Daemon:
         return 0 if healthy else 1
 
     def _on_signal(self, number: int, frame: object) -> None:
-        self._stop.set()
+        self._stopping = True
+        os.write(self._wake_write, b"!")
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
 
     def _wait(self, http: HttpServer | None) -> bool:
         """Until a signal comes. False: the HTTP server ended by itself."""
-        while not self._stop.wait(1.0):
+        while not self._stopping:
+            select.select([self._wake_read], [], [], 1.0)
             if http is not None and not http.running:
                 log.error("the HTTP server ended unexpectedly; its error is above")
                 return False
