@@ -127,6 +127,10 @@ def _open(path: Path, threads: int, provider: str) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    # Measured, docs/decisions.md: patterns are kept per chunk length and only cost memory; threads that spin
+    # longer gain nothing on an idle machine and starve each other on a busy one.
+    options.enable_mem_pattern = False
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "50")
     options.log_severity_level = 3
     name = _PROVIDERS[provider]
     if name not in ort.get_available_providers():
