@@ -34,7 +34,7 @@ class Engine:
     """One model, one sequence at a time. Not thread-safe: one thread owns it."""
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
-        """Load the bundle. threads: default from the bundle's device profile."""
+        """Load the bundle. threads: default what its device profile says, at most the CPUs there are."""
         self.context = bundle.manifest.caches.context  # tokens, prompt and answer together
         self.eos = frozenset(bundle.manifest.tokens.eos)
         self.last_stats: GenerationStats | None = None
@@ -65,7 +65,7 @@ class Engine:
         if wanted > room or room < 1:
             raise RequestError(
                 "context_length_exceeded",
-                f"the prompt has {len(ids)} tokens, {max(wanted, 1)} new ones are asked for, the context holds "
+                f"the prompt has {len(ids)} tokens, {max(wanted, 1)} new ones asked for, the context holds "
                 f"{self.context}; shorten the prompt, ask for fewer, or export with a larger --context",
             )
         self._generation += 1

@@ -34,8 +34,8 @@ class Session:
         provider = manifest.runtime.execution_provider
         self.chunk = min(manifest.runtime.prefill_chunk, manifest.caches.context)
         # More threads than CPUs wait for each other in turns: a decode step takes ten times as long.
-        threads = threads or min(manifest.runtime.threads, usable_cpus())
-        self.decoder = _open(bundle.decoder, threads, provider)
+        self.threads = threads or min(manifest.runtime.threads, usable_cpus())
+        self.decoder = _open(bundle.decoder, self.threads, provider)
         self.caches = KvCaches(manifest.caches, provider)  # after _open, which says what is missing for CUDA
         # A gather of a few rows gains nothing from a second pool of threads.
         self.embeddings = _open(bundle.embeddings, 1, "cpu")

@@ -60,6 +60,8 @@ class Tokenizer:
         self.vocab_size: int = self._pieces.get_piece_size()
         is_control, piece = self._pieces.IsControl, self._pieces.IdToPiece
         self.controls: dict[str, int] = {piece(i): i for i in range(self.vocab_size) if is_control(i)}
+        if self._pieces.unk_id() >= 0:
+            self.controls[piece(self._pieces.unk_id())] = self._pieces.unk_id()
         self._control_ids = frozenset(self.controls.values())
         self._finder = ControlFinder(self.controls)
 

@@ -15,6 +15,7 @@ import torch
 
 from gemma_edge.runtime.bundle import Bundle
 from gemma_edge.runtime.errors import BundleError
+from gemma_edge.runtime.machine import usable_cpus
 from gemma_edge.runtime.session import Session
 
 from .support.tiny_bundles import TinyBundle
@@ -127,6 +128,13 @@ def test_a_graph_with_other_caches_than_the_manifest_is_refused(tiny: TinyBundle
     fewer = with_manifest(bundle, layers=bundle.manifest.caches.layers[:-1])
     with pytest.raises(BundleError, match="caches"):
         Session(fewer)
+
+
+def test_no_more_threads_than_cpus(tiny: TinyBundle):
+    runtime = msgspec.structs.replace(tiny.bundle.manifest.runtime, threads=10_000)
+    manifest = msgspec.structs.replace(tiny.bundle.manifest, runtime=runtime)
+    assert Session(dataclasses.replace(tiny.bundle, manifest=manifest)).threads == usable_cpus()
+    assert Session(tiny.bundle, threads=3).threads == 3
 
 
 def test_a_damaged_graph_is_a_bundle_error(tiny: TinyBundle, tmp_path: Path):
