@@ -48,12 +48,16 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("size", choices=sorted(SIZES))
     parser.add_argument("--recipe", default="int4")
     parser.add_argument("--device", default="x86-64-generic")
     parser.add_argument("--context", type=int)
-    parser.add_argument("--work", type=Path, help="where the checkpoint is made (default: the temporary folder)")
+    parser.add_argument(
+        "--work", type=Path, help="where the checkpoint is made (default: the temporary folder)"
+    )
     parser.add_argument("--out", type=Path, help="keep the bundle here")
     parser.add_argument("--trace-only", action="store_true", help="trace the decoder and stop")
     args = parser.parse_args()

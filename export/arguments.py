@@ -13,9 +13,13 @@ def add_export_arguments(parser: argparse.ArgumentParser, *, out_is_positional: 
         metavar="PATH|HUB_ID",
         help="a checkpoint folder, `nano` for the bundled model, or a Hub id (default: what the profile names)",
     )
-    parser.add_argument("--device", required=True, metavar="NAME", help="device profile; see `gemma-edge devices`")
+    parser.add_argument(
+        "--device", required=True, metavar="NAME", help="device profile; see `gemma-edge devices`"
+    )
     parser.add_argument("--recipe", metavar="NAME", help="quantization recipe (default: the profile's)")
-    parser.add_argument("--context", type=_tokens, metavar="N", help="tokens of context (default: the profile's)")
+    parser.add_argument(
+        "--context", type=_tokens, metavar="N", help="tokens of context (default: the profile's)"
+    )
     out = dict(type=Path, help="bundle folder (default: bundles/MODEL-DEVICE-RECIPE)")
     if out_is_positional:
         parser.add_argument("out", nargs="?", metavar="OUT", **out)

@@ -19,7 +19,12 @@ ACCURACY_INT8 = 4  # MatMulNBits: activations as int8, which is several times fa
 
 
 def attach(
-    traced: Traced, stored: Mapping[str, StoredWeight], checkpoint: Checkpoint, constants: DataFile, *, head: str
+    traced: Traced,
+    stored: Mapping[str, StoredWeight],
+    checkpoint: Checkpoint,
+    constants: DataFile,
+    *,
+    head: str,
 ) -> ir.Model:
     """Complete `traced` in place and return it.
 
@@ -66,7 +71,9 @@ def _linear(graph: ir.Graph, x: ir.Value, entry: StoredWeight) -> ir.Node:
     packed_shape = (rows, planned.blocks, block * bits // 8)
     inputs = [x, *_quantized(graph, entry, packed_shape, suffix=".blocks")]
     return _node(
-        "MatMulNBits", inputs, dict(K=width, N=rows, bits=bits, block_size=block, accuracy_level=ACCURACY_INT8)
+        "MatMulNBits",
+        inputs,
+        dict(K=width, N=rows, bits=bits, block_size=block, accuracy_level=ACCURACY_INT8),
     )
 
 

@@ -78,6 +78,7 @@ class Prepared:
     plan: Plan
     checkpoint: Checkpoint
     tokens: Tokens
+    template: str  # the chat template
 
     @property
     def weight_count(self) -> int:
@@ -99,18 +100,19 @@ def prepare(job: Job) -> Prepared:
         if not (job.source.folder / name).is_file():
             raise ExportError(f"{job.source.folder / name}: no such file; the checkpoint is not complete")
     _check_destination(job.out, job.force)
-    return Prepared(job, model, plan, checkpoint, _read_tokens(job.source.folder))
+    folder = job.source.folder
+    return Prepared(job, model, plan, checkpoint, _read_tokens(folder), _read_template(folder))
 
 
 def write_bundle(prepared: Prepared, progress: Progress = lambda name, weights: None) -> Manifest:
     """Write the bundle and return its manifest. progress: called with the tensor at hand and weights done."""
     job = prepared.job
     with _written_aside(job.out, job.force) as folder:
+        write_sentencepiece_model(job.source.folder / "tokenizer.json", folder / "tokenizer.model")
         stored = _write_graphs(prepared, folder, progress)
         genai.write_text_graph(folder / "embeddings.onnx", folder / "decoder.onnx", folder / genai.GRAPH)
         genai.write_genai_config(folder / genai.CONFIG, prepared.model, prepared.plan.caches, prepared.tokens)
-        write_sentencepiece_model(job.source.folder / "tokenizer.json", folder / "tokenizer.model")
-        _copy_files(job.source.folder, folder, prepared.tokens)
+        _copy_files(prepared, folder)
         manifest = _manifest(prepared, stored, folder)
         (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
     return manifest
@@ -121,7 +123,10 @@ def _write_graphs(prepared: Prepared, folder: Path, progress: Progress) -> dict[
     progress("tracing", 0)
     decoder, embeddings = trace_decoder(model, plan.caches), trace_embeddings(model)
     stored: dict[str, StoredWeight] = {}
-    with DataFile(folder / DECODER_DATA) as decoder_data, DataFile(folder / EMBEDDINGS_DATA) as embeddings_data:
+    with (
+        DataFile(folder / DECODER_DATA) as decoder_data,
+        DataFile(folder / EMBEDDINGS_DATA) as embeddings_data,
+    ):
         files = {DECODER_DATA: decoder_data, EMBEDDINGS_DATA: embeddings_data}
         for weight in plan.weights:
             stored[weight.name] = store_weight(files[weight.file], checkpoint, weight, progress)
@@ -172,7 +177,9 @@ def _read_tokens(folder: Path) -> Tokens:
         found |= json.loads(generation.read_text(encoding="utf-8"))
     eos = found.get("eos_token_id")
     if eos is None or found.get("bos_token_id") is None:
-        raise ExportError(f"{folder}: neither generation_config.json nor config.json says bos_token_id and eos_token_id")
+        raise ExportError(
+            f"{folder}: neither generation_config.json nor config.json says bos_token_id and eos_token_id"
+        )
     return Tokens(
         bos=found["bos_token_id"],
         pad=found.get("pad_token_id") or 0,
@@ -180,16 +187,23 @@ def _read_tokens(folder: Path) -> Tokens:
     )
 
 
-def _copy_files(source: Path, folder: Path, tokens: Tokens) -> None:
-    for name in (*REQUIRED_FILES, *OPTIONAL_FILES, TEMPLATE):
+def _read_template(folder: Path) -> str:
+    """The chat template: a file of its own, or part of the tokenizer's settings."""
+    if (folder / TEMPLATE).is_file():
+        return (folder / TEMPLATE).read_text(encoding="utf-8")
+    settings = folder / "tokenizer_config.json"
+    data = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    if not isinstance(data.get("chat_template"), str):
+        raise ExportError(f"{folder}: no {TEMPLATE}; a bundle needs the checkpoint's chat template")
+    return data["chat_template"]
+
+
+def _copy_files(prepared: Prepared, folder: Path) -> None:
+    source, tokens = prepared.job.source.folder, prepared.tokens
+    for name in (*REQUIRED_FILES, *OPTIONAL_FILES):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    if not (folder / TEMPLATE).is_file():
-        settings = source / "tokenizer_config.json"
-        template = json.loads(settings.read_text(encoding="utf-8")).get("chat_template") if settings.is_file() else None
-        if not isinstance(template, str):
-            raise ExportError(f"{source}: no {TEMPLATE}; a bundle needs the checkpoint's chat template")
-        (folder / TEMPLATE).write_text(template, encoding="utf-8")
+    (folder / TEMPLATE).write_text(prepared.template, encoding="utf-8")
     if not (folder / "generation_config.json").is_file():
         data = dict(bos_token_id=tokens.bos, pad_token_id=tokens.pad, eos_token_id=list(tokens.eos))
         (folder / "generation_config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
@@ -217,7 +231,9 @@ def _written_aside(out: Path, force: bool) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as cause:
-            raise ExportError(f"{partial}: another export is writing there; wait for it or choose another --out") from cause
+            raise ExportError(
+                f"{partial}: another export is writing there; wait for it or choose another --out"
+            ) from cause
         try:
             for left in partial.iterdir():  # of an export that was killed
                 left.unlink()

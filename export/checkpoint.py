@@ -117,7 +117,9 @@ def _weight_files(folder: Path) -> list[Path]:
         try:
             weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         except (ValueError, KeyError, TypeError) as cause:
-            raise CheckpointError(f"{index}: not an index of weight files ({cause!r}); download it again") from cause
+            raise CheckpointError(
+                f"{index}: not an index of weight files ({cause!r}); download it again"
+            ) from cause
         files = [folder / name for name in sorted(set(weight_map.values()))]
     else:
         files = [folder / SINGLE]
@@ -150,7 +152,9 @@ def _read_header(path: Path) -> Iterable[tuple[str, TensorEntry]]:
         shape = tuple(fields["shape"])
         item = ITEM_BYTES.get(fields["dtype"])
         if item is not None and end - begin != item * math.prod(shape):
-            raise CheckpointError(f"{path}: {name} has {end - begin} bytes, its shape {shape} needs another number")
+            raise CheckpointError(
+                f"{path}: {name} has {end - begin} bytes, its shape {shape} needs another number"
+            )
         yield name, TensorEntry(path, start + begin, fields["dtype"], shape, name)
 
 

@@ -27,7 +27,9 @@ def run_export(args: argparse.Namespace) -> int:
     with _terminated_as_interrupted():
         profile = resolve_profile(args.device)
         recipe = load_recipe(args.recipe or profile.default_recipe)
-        source = find_checkpoint(args.model or profile.default_model, revision=args.revision, offline=args.offline)
+        source = find_checkpoint(
+            args.model or profile.default_model, revision=args.revision, offline=args.offline
+        )
         out = args.out or BUNDLES / f"{source.name}-{profile.name}-{recipe.name}"
         job = Job(source, profile, recipe, args.context, out, args.force)
         prepared = prepare(job)
@@ -39,7 +41,12 @@ def run_export(args: argparse.Namespace) -> int:
 def write_with_progress(prepared: Prepared) -> Manifest:
     """`write_bundle` with a bar on stderr: the tensor at hand, weights done, time left."""
     with tqdm(
-        total=prepared.weight_count, unit=" weights", unit_scale=True, file=sys.stderr, dynamic_ncols=True, leave=False
+        total=prepared.weight_count,
+        unit=" weights",
+        unit_scale=True,
+        file=sys.stderr,
+        dynamic_ncols=True,
+        leave=False,
     ) as bar:
 
         def progress(name: str, weights: int) -> None:

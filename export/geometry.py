@@ -79,7 +79,9 @@ def read_text_model(folder: Path) -> TextModel:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as cause:
-        raise ConfigError(f"{path}: cannot be read ({cause.strerror}); expected a Hugging Face checkpoint") from cause
+        raise ConfigError(
+            f"{path}: cannot be read ({cause.strerror}); expected a Hugging Face checkpoint"
+        ) from cause
     except ValueError as cause:
         raise ConfigError(f"{path}: not valid JSON: {cause}") from cause
     return parse_text_model(config, str(path))
@@ -170,7 +172,9 @@ def _text_config(config: Any, where: str) -> dict[str, Any]:
     elif model_type == "gemma4_text":
         text = config
     else:
-        raise ConfigError(f"{where}: model_type {model_type!r} is not supported, expected gemma4 or gemma4_text")
+        raise ConfigError(
+            f"{where}: model_type {model_type!r} is not supported, expected gemma4 or gemma4_text"
+        )
     if quantized := config.get("quantization_config") or text.get("quantization_config"):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise ConfigError(
@@ -200,14 +204,20 @@ def _layer_types(reader: _Reader) -> tuple[LayerType, ...]:
     if types is None:
         types = [SLIDING if (index + 1) % 6 else FULL for index in range(count)]
     if len(types) != count:
-        raise ConfigError(f"{reader.where}: layer_types has {len(types)} entries, num_hidden_layers is {count}")
+        raise ConfigError(
+            f"{reader.where}: layer_types has {len(types)} entries, num_hidden_layers is {count}"
+        )
     for layer_type in types:
         if layer_type not in get_args(LayerType):
             raise ConfigError(f"{reader.where}: layer type {layer_type!r} is not supported")
-    return tuple(types[:-1]) + (FULL,)  # transformers makes the last layer full attention, whatever is written
+    return tuple(types[:-1]) + (
+        FULL,
+    )  # transformers makes the last layer full attention, whatever is written
 
 
-def _full_attention_overrides(reader: _Reader, layer_types: tuple[LayerType, ...]) -> dict[int, dict[str, int]]:
+def _full_attention_overrides(
+    reader: _Reader, layer_types: tuple[LayerType, ...]
+) -> dict[int, dict[str, int]]:
     """Layer index -> {head_dim, num_key_value_heads} that differ from the common ones.
 
     The Hub's files have `global_head_dim` and `num_global_key_value_heads`, newer ones `per_layer_config`.
@@ -221,7 +231,9 @@ def _full_attention_overrides(reader: _Reader, layer_types: tuple[LayerType, ...
     supported = {"head_dim", "num_key_value_heads"}
     for index, override in per_layer.items():
         if unknown := set(override) - supported:
-            raise ConfigError(f"{reader.where}: per_layer_config[{index}] sets {sorted(unknown)}, not supported")
+            raise ConfigError(
+                f"{reader.where}: per_layer_config[{index}] sets {sorted(unknown)}, not supported"
+            )
     return {int(index): override for index, override in per_layer.items()}
 
 
@@ -241,7 +253,9 @@ def _layers(
         if shared:
             same = [other for other in range(first_shared) if layer_types[other] == layer_type]
             if not same:
-                raise ConfigError(f"{reader.where}: KV-shared layer {index} ({layer_type}) has no source layer")
+                raise ConfigError(
+                    f"{reader.where}: KV-shared layer {index} ({layer_type}) has no source layer"
+                )
             source = same[-1]
         override = overrides.get(index, {})
         layer = Layer(
@@ -258,7 +272,9 @@ def _layers(
                 "expected a divisor"
             )
         if shared and (layer.head_dim, layer.kv_heads) != (layers[source].head_dim, layers[source].kv_heads):
-            raise ConfigError(f"{reader.where}: KV-shared layer {index} differs in shape from its source {source}")
+            raise ConfigError(
+                f"{reader.where}: KV-shared layer {index} differs in shape from its source {source}"
+            )
         layers.append(layer)
     return tuple(layers)
 

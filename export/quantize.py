@@ -13,6 +13,7 @@ import numpy as np
 
 from .recipes import Method
 
+TINY_SCALE = 1e-30  # below it a block counts as zero: dividing by such a scale overflows
 TASK_VALUES = 1 << 18  # weights quantized at a time by one thread: they stay in the cache
 # How far the largest weight of a block may lie outside the range, as multiples of the range: clipping it a little
 # often costs less than a coarser scale for all the others.
@@ -117,6 +118,6 @@ def _gain(blocks: np.ndarray, levels: np.ndarray, scales: np.ndarray) -> np.ndar
 
 def _round(blocks: np.ndarray, scales: np.ndarray, zero: int) -> np.ndarray:
     """The signed levels -zero..zero-1 nearest to w / scale, as float32."""
-    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
+    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=np.abs(scales) > TINY_SCALE)
     levels = blocks * inverse[:, None]
     return np.clip(np.rint(levels, out=levels), -zero, zero - 1, out=levels)

@@ -24,7 +24,9 @@ class Rule(Struct):
     weights: str  # shell pattern: * and ?
     bits: Literal[4, 8, 32]
     method: Method
-    block: Literal["device"] | int = "device"  # weights that share a scale; "device": the profile's for these bits
+    block: Literal["device"] | int = (
+        "device"  # weights that share a scale; "device": the profile's for these bits
+    )
 
 
 class Recipe(Struct):
@@ -83,7 +85,9 @@ def decide(recipe: Recipe, profile: DeviceProfile, name: str, width: int) -> Sto
 
 def _check(rule: Rule, path: Path) -> None:
     if (rule.method == "float") != (rule.bits == 32):
-        raise ConfigError(f"{path}: rule {rule.weights!r}: 32 bits go with method float, 4 and 8 with the others")
+        raise ConfigError(
+            f"{path}: rule {rule.weights!r}: 32 bits go with method float, 4 and 8 with the others"
+        )
     if rule.block != "device":
         _check_block(rule.block, f"{path}: rule {rule.weights!r}: block")
 

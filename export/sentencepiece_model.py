@@ -40,7 +40,9 @@ def write_sentencepiece_model(tokenizer_json: Path, out: Path) -> None:
     try:
         data = json.loads(tokenizer_json.read_text(encoding="utf-8"))
     except OSError as cause:
-        raise TokenizerError(f"{tokenizer_json}: cannot be read ({cause.strerror}); the checkpoint needs it") from cause
+        raise TokenizerError(
+            f"{tokenizer_json}: cannot be read ({cause.strerror}); the checkpoint needs it"
+        ) from cause
     except ValueError as cause:
         raise TokenizerError(f"{tokenizer_json}: not valid JSON: {cause}") from cause
     _refuse_other_kinds(data, tokenizer_json)
@@ -63,7 +65,9 @@ def _refuse_other_kinds(data: dict[str, Any], path: Path) -> None:
     require(normalizer.get("type") == "Replace" and escapes, f"normalizer {normalizer}")
     # After the normalizer there is no space left to split at, so this splitter does nothing.
     splitter = data.get("pre_tokenizer")
-    inert = splitter is None or (splitter.get("type") == "Split" and splitter.get("pattern") == {"String": " "})
+    inert = splitter is None or (
+        splitter.get("type") == "Split" and splitter.get("pattern") == {"String": " "}
+    )
     require(inert, f"pre_tokenizer {splitter}")
     for token in data.get("added_tokens", []):
         trimmed = token.get("lstrip") or token.get("rstrip") or token.get("single_word")

@@ -34,7 +34,9 @@ def find_checkpoint(asked: str, *, revision: str | None = None, offline: bool = 
     if (folder / "config.json").is_file():
         return CheckpointSource(folder, folder.resolve().name, asked, None)
     if asked == NANO:
-        raise SourceError(f"{folder}: the nano model is not there; it comes with the repository, not with the wheel")
+        raise SourceError(
+            f"{folder}: the nano model is not there; it comes with the repository, not with the wheel"
+        )
     if folder.is_dir():
         raise SourceError(f"{folder}: no config.json in it; expected a Hugging Face checkpoint folder")
     if not _HUB_ID.fullmatch(asked):
@@ -61,15 +63,21 @@ def _from_hub(hub_id: str, revision: str | None, offline: bool) -> CheckpointSou
         )
     except LocalEntryNotFoundError as cause:
         if offline:
-            raise SourceError(f"{hub_id} is not in the Hub cache, and --offline was given. {_INSTEAD}") from cause
+            raise SourceError(
+                f"{hub_id} is not in the Hub cache, and --offline was given. {_INSTEAD}"
+            ) from cause
     if not offline and (folder is None or not any(folder.glob("*.safetensors"))):
         try:
             folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=PATTERNS))
-        except Exception as cause:  # the Hub client raises its own, the HTTP library's and the system's errors
+        except (
+            Exception
+        ) as cause:  # the Hub client raises its own, the HTTP library's and the system's errors
             reason = (str(cause) or repr(cause)).strip().splitlines()[0]
             raise SourceError(
                 f"{hub_id} is neither a folder nor in the Hub cache, and cannot be downloaded ({reason}). "
                 f"For a gated model, log in with `hf auth login`. {_INSTEAD}"
             ) from cause
     assert folder is not None
-    return CheckpointSource(folder, hub_id.split("/")[1], hub_id, folder.name)  # the cache names folders by commit
+    return CheckpointSource(
+        folder, hub_id.split("/")[1], hub_id, folder.name
+    )  # the cache names folders by commit

@@ -34,7 +34,9 @@ class DataFile:
         self._file = self.path.open("wb")
         return self
 
-    def __exit__(self, type_: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(
+        self, type_: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ):
         if self._file is not None:
             self._file.truncate(self._end)
             self._file.close()
@@ -54,7 +56,13 @@ class DataFile:
         """A reference to a region, as a graph in the same folder holds it."""
         length = math.prod(shape) * dtype.itemsize
         return ir.ExternalTensor(
-            self.path.name, int(offset), int(length), dtype, shape=ir.Shape(shape), name=name, base_dir=self.path.parent
+            self.path.name,
+            int(offset),
+            int(length),
+            dtype,
+            shape=ir.Shape(shape),
+            name=name,
+            base_dir=self.path.parent,
         )
 
     def add(self, name: str, values: np.ndarray) -> ir.ExternalTensor:
@@ -75,7 +83,9 @@ class StoredWeight:
     report: Quantized | None
 
 
-def store_weight(file: DataFile, checkpoint: Checkpoint, planned: PlannedWeight, progress: Progress) -> StoredWeight:
+def store_weight(
+    file: DataFile, checkpoint: Checkpoint, planned: PlannedWeight, progress: Progress
+) -> StoredWeight:
     """Read, quantize as planned and write one matrix."""
     storage = planned.storage
     data_offset = file.reserve(planned.data_bytes)

@@ -71,7 +71,11 @@ SHAPES: dict[str, tuple[dict[str, Any], int]] = {
     ),
     "swapped rope": (
         dict(
-            num_hidden_layers=4, layer_types=[S, F] * 2, num_kv_shared_layers=2, rope_parameters=SWAPPED_ROPE, head_dim=32
+            num_hidden_layers=4,
+            layer_types=[S, F] * 2,
+            num_kv_shared_layers=2,
+            rope_parameters=SWAPPED_ROPE,
+            head_dim=32,
         ),
         4,
     ),
@@ -83,7 +87,9 @@ SHAPES: dict[str, tuple[dict[str, Any], int]] = {
 
 
 @pytest.fixture(scope="module", params=list(SHAPES))
-def shape(request: pytest.FixtureRequest, tiny_bundle) -> tuple[GraphRunner, Gemma4ForCausalLM, np.ndarray, list[int]]:
+def shape(
+    request: pytest.FixtureRequest, tiny_bundle
+) -> tuple[GraphRunner, Gemma4ForCausalLM, np.ndarray, list[int]]:
     """(graphs, transformers' model, its logits for every position of a text, the text's ids)"""
     config, slack = SHAPES[request.param]
     tiny = tiny_bundle(model=dict(seed=7, **config), slack=slack)

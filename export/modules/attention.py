@@ -39,7 +39,9 @@ class Attention(nn.Module):
     def write_and_attend(self, x: Tensor, past: Cache, step: Step) -> tuple[Tensor, Cache]:
         """All S rows of x write the cache and attend."""
         key, value = self._keys_and_values(x, step)
-        output, keys, values = self._attend(self._query(x, step), key, value, past, step.written, step, writes=True)
+        output, keys, values = self._attend(
+            self._query(x, step), key, value, past, step.written, step, writes=True
+        )
         return self.o_proj(output), (keys, values)
 
     def write(self, x: Tensor, past: Cache, step: Step) -> Cache:
@@ -48,7 +50,9 @@ class Attention(nn.Module):
         if self.layer.is_sliding:
             # The operator evicts, so it has to run: on the keys as queries, one head for each, which is cheap.
             heads = self.layer.kv_heads
-            _, keys, values = self._attend(key, key, value, past, step.written, step, writes=True, heads=heads)
+            _, keys, values = self._attend(
+                key, key, value, past, step.written, step, writes=True, heads=heads
+            )
             return keys, values
         key = ops.rotary(key, step.positions, *self._rope(step), heads=self.layer.kv_heads)
         scales = self._scales(past, step) or (None, None)
@@ -106,7 +110,9 @@ class Attention(nn.Module):
     def _scales(self, cache: Cache, step: Step) -> tuple[Tensor, Tensor] | None:
         if cache[0].dtype != torch.int8:
             return None
-        return step.constants[f"key_scale_{self.layer.source}"], step.constants[f"value_scale_{self.layer.source}"]
+        return step.constants[f"key_scale_{self.layer.source}"], step.constants[
+            f"value_scale_{self.layer.source}"
+        ]
 
     def _attend(
         self,

@@ -55,7 +55,9 @@ class Decoder(nn.Module):
         past: list[Tensor],  # keys and values of the layers that own a cache
     ) -> tuple[Tensor, ...]:
         last_cached = self.model.last_cached
-        step = read_step(self.constants, self.model, attention_mask, position_ids, logits_to_keep, kept_rows, past)
+        step = read_step(
+            self.constants, self.model, attention_mask, position_ids, logits_to_keep, kept_rows, past
+        )
         extras = self._per_layer_extras(inputs_embeds, per_layer_inputs, step)
         hidden = inputs_embeds
         caches: dict[int, Cache] = {}
@@ -99,7 +101,9 @@ class Decoder(nn.Module):
         shape = self.model.geometry
         width = shape.hidden_size_per_layer_input
         scaled = context * shape.hidden_size**-0.5
-        by_layer = ops.reshape(scaled, self.constants[f"{name}_by_layer"], (*context.shape[:2], layers, width))
+        by_layer = ops.reshape(
+            scaled, self.constants[f"{name}_by_layer"], (*context.shape[:2], layers, width)
+        )
         normed = ops.reshape(
             self.per_layer_projection_norm(by_layer), self.constants[f"{name}_flat"], context.shape
         )
@@ -146,7 +150,9 @@ class DecoderLayer(nn.Module):
         attended, present = self.self_attn.write_and_attend(self.input_layernorm(hidden), past, step)
         return self._rest(hidden, attended, extra), present
 
-    def last_cached(self, hidden: Tensor, past: Cache, step: Step, extra: Tensor | None) -> tuple[Tensor, Cache]:
+    def last_cached(
+        self, hidden: Tensor, past: Cache, step: Step, extra: Tensor | None
+    ) -> tuple[Tensor, Cache]:
         x = self.input_layernorm(hidden)
         present = self.self_attn.write(x, past, step)
         attended = self.self_attn.read(step.kept.of(x), present, step)

@@ -28,7 +28,9 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (*x.shape[:-1], self.weight.shape[0])
-        return symbolic(f"{PLACEHOLDER_DOMAIN}::{LINEAR}", (x, self.weight), dtype=x.dtype, shape=shape, version=1)
+        return symbolic(
+            f"{PLACEHOLDER_DOMAIN}::{LINEAR}", (x, self.weight), dtype=x.dtype, shape=shape, version=1
+        )
 
 
 class Table(nn.Module):
@@ -41,7 +43,11 @@ class Table(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         shape = (*ids.shape, self.weight.shape[1])
         return symbolic(
-            f"{PLACEHOLDER_DOMAIN}::{TABLE}", (self.weight, ids), dtype=self.weight.dtype, shape=shape, version=1
+            f"{PLACEHOLDER_DOMAIN}::{TABLE}",
+            (self.weight, ids),
+            dtype=self.weight.dtype,
+            shape=shape,
+            version=1,
         )
 
 
@@ -92,12 +98,16 @@ def split(x: Tensor, sizes: Tensor, widths: Sequence[int]) -> Sequence[Tensor]:
 
 
 def concat_rows(first: Tensor, second: Tensor, shape: Shape) -> Tensor:
-    return symbolic("Concat", (first, second), attrs=dict(axis=1), dtype=second.dtype, shape=shape, version=13)
+    return symbolic(
+        "Concat", (first, second), attrs=dict(axis=1), dtype=second.dtype, shape=shape, version=13
+    )
 
 
 def dimension(x: Tensor, axis: int) -> Tensor:
     """x.shape[axis] as (1,) int64, read in the graph."""
-    return symbolic("Shape", (x,), attrs=dict(start=axis, end=axis + 1), dtype=torch.int64, shape=(1,), version=21)
+    return symbolic(
+        "Shape", (x,), attrs=dict(start=axis, end=axis + 1), dtype=torch.int64, shape=(1,), version=21
+    )
 
 
 def integer_division(x: Tensor, y: Tensor) -> Tensor:
@@ -108,7 +118,12 @@ def integer_division(x: Tensor, y: Tensor) -> Tensor:
 def tensor_scatter(cache: Tensor, update: Tensor, start: Tensor) -> Tensor:
     """`cache` (1, heads, capacity, head_dim) with `update` written from row `start` (1,) on; in place when bound so."""
     return symbolic(
-        "TensorScatter", (cache, update, start), attrs=dict(axis=2), dtype=cache.dtype, shape=cache.shape, version=23
+        "TensorScatter",
+        (cache, update, start),
+        attrs=dict(axis=2),
+        dtype=cache.dtype,
+        shape=cache.shape,
+        version=23,
     )
 
 

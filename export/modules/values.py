@@ -40,7 +40,9 @@ def cache_scales(
     half = head_dim // 2
     rotated = np.arange(half) < rotated_pairs(rope, head_dim)
     larger = np.maximum(weight[:half], weight[half:])
-    bound = np.concatenate([np.where(rotated, larger, weight[:half]), np.where(rotated, larger, weight[half:])])
+    bound = np.concatenate(
+        [np.where(rotated, larger, weight[:half]), np.where(rotated, larger, weight[half:])]
+    )
     bound = np.maximum(bound, np.float32(1e-6))
     keys = np.broadcast_to(bound * np.float32(clip / 127), (1, kv_heads, 1, head_dim))
     values = np.full((1, kv_heads, 1, head_dim), clip / 127, np.float32)

@@ -66,7 +66,9 @@ def prepare_tiny(
     return prepare(Job(source, tiny_profile(**device), load_recipe(recipe), context, out, force))
 
 
-def export_tiny(folder: Path, *, checkpoint: Path | None = None, model: dict[str, Any] | None = None, **options: Any):
+def export_tiny(
+    folder: Path, *, checkpoint: Path | None = None, model: dict[str, Any] | None = None, **options: Any
+):
     """Write `folder`/checkpoint (unless one is given) and `folder`/bundle.
 
     model: arguments of `write_tiny_checkpoint`; options: those of `prepare_tiny`.

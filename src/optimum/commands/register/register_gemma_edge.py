@@ -13,7 +13,9 @@ from optimum.commands.export.base import ExportCommand
 class GemmaEdgeExportCommand(BaseOptimumCLICommand):
     """`optimum-cli export gemma-edge --model PATH|HUB_ID --device NAME OUT`"""
 
-    COMMAND = CommandInfo(name="gemma-edge", help="Export a Gemma 4 text model to a bundle for one edge device.")
+    COMMAND = CommandInfo(
+        name="gemma-edge", help="Export a Gemma 4 text model to a bundle for one edge device."
+    )
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
