@@ -10,7 +10,7 @@ from decimal import Decimal
 
 import msgspec
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from gemma_edge.examples.nano_model.windows import random_window, reference_summary
@@ -137,6 +137,7 @@ def test_true_sentences_pass(text: str) -> None:
         "Bench 9 reached 37.9 °C.",
         "bench_33 is out.",
         "T-17 is offline.",
+        "bench-west-12 is hot.",
         "attic/temperature is normal.",
         # numbers, however written
         "bench-3/air_temperature reached 37.8°C at 10:40.",
@@ -228,7 +229,7 @@ def test_dates_in_long_windows(text: str, true: bool) -> None:
 
 
 @given(seeds, st.booleans())
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 def test_computed_and_taught_summaries_are_true(seed: int, held_out: bool) -> None:
     window = random_window(random.Random(seed), held_out=held_out)
     assert untrue(window, plain_summary(window)) == []
@@ -244,7 +245,7 @@ def _strange_number(rng: random.Random, written: str) -> str:
 
 
 @given(seeds)
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 def test_one_wrong_digit_is_found(seed: int) -> None:
     rng = random.Random(seed)
     window = random_window(rng)
@@ -265,7 +266,7 @@ def test_one_wrong_digit_is_found(seed: int) -> None:
 
 
 @given(seeds)
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 def test_a_wrong_time_is_found(seed: int) -> None:
     rng = random.Random(seed)
     window = random_window(rng)
@@ -279,7 +280,7 @@ def test_a_wrong_time_is_found(seed: int) -> None:
 
 
 @given(seeds)
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 def test_a_number_of_another_sensor_is_found(seed: int) -> None:
     rng = random.Random(seed)
     window = random_window(rng)
@@ -294,7 +295,8 @@ def test_a_number_of_another_sensor_is_found(seed: int) -> None:
 
 
 @given(seeds)
-@settings(max_examples=100)
+@example(13516)
+@settings(max_examples=100, deadline=None)
 def test_a_wrong_name_is_found(seed: int) -> None:
     rng = random.Random(seed)
     window = random_window(rng)
@@ -310,7 +312,7 @@ def test_a_wrong_name_is_found(seed: int) -> None:
 
 
 @given(seeds)
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 def test_severity_and_anomalies_must_be_exact(seed: int) -> None:
     rng = random.Random(seed)
     window = random_window(rng)
@@ -332,7 +334,7 @@ def test_severity_and_anomalies_must_be_exact(seed: int) -> None:
 
 
 @given(st.text(max_size=300), st.text(max_size=80))
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 def test_any_text_is_judged_without_an_error(body: str, detail: str) -> None:
     anomaly = Anomaly("bench-3/air_temperature", "above", detail)
     untrue(WINDOW, Summary(detail or "x", body, expected_severity(WINDOW), (anomaly,), (detail,)))

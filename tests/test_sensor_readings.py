@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from zoneinfo import ZoneInfo
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemma_edge.examples.sensor_summary import collector as collector_module
@@ -54,6 +54,7 @@ def test_filters(topic_filter: str, topic: str, expected: bool) -> None:
 
 
 @given(st.text(max_size=100))
+@settings(deadline=None)
 def test_names_are_safe_in_the_text(name: str) -> None:
     clean = clean_name(name)
     assert 0 < len(clean) <= 64
@@ -235,6 +236,7 @@ def test_bad_payloads_are_counted_and_logged_once_per_topic(caplog: pytest.LogCa
 
 
 @given(st.binary(max_size=200))
+@settings(deadline=None)
 def test_no_payload_raises(payload: bytes) -> None:
     fields = {"a": SensorSettings(), "b.c": SensorSettings(states="default")}
     collector = make(

@@ -116,7 +116,7 @@ def test_a_clean_slope_is_found(slope: float, level: float, count: int, step_s: 
 
 
 @given(st.integers(0, 10_000))
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 def test_the_slope_is_that_of_least_squares_or_none(seed: int) -> None:
     rng = random.Random(seed)
     hours = np.sort([rng.uniform(0, 6) for _ in range(rng.randint(3, 80))])

@@ -253,6 +253,7 @@ def report_object(name: str, window: Window, report: Report, dropped: int) -> di
         "start": iso(window.start_s, window.zone),
         "end": iso(window.end_s, window.zone),
         "sensors": len(window.sensors),
+        "parts": list(report.parts),
         "dropped_readings": dropped,
     }
 

@@ -51,7 +51,9 @@ class Snapshot:
 class Collector:
     """Readings by summary and sensor."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, quiet: bool = False) -> None:
+        """quiet: bad payloads are counted, not logged."""
+        self._quiet = quiet
         self._zone = config.zone
         self._lock = Lock()
         self._kept = [_Kept(summary, config.zone) for summary in config.summaries]
@@ -108,7 +110,7 @@ class Collector:
     def _count_bad(self, topic: str, error: PayloadError) -> None:
         known = topic in self._bad or len(self._bad) >= MAX_LOGGED_TOPICS
         self._bad[topic if len(self._bad) < MAX_LOGGED_TOPICS or topic in self._bad else "…"] += 1
-        if not known:
+        if not known and not self._quiet:
             log.warning("%s: payload cannot be used: %s (said once for this topic)", topic, error)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import logging
 import queue
 import signal
@@ -23,6 +24,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +33,11 @@ import msgspec
 from ...runtime.errors import GemmaEdgeError
 from .app import App, Timer, iso, make_window
 from .collector import Collector
-from .config import ClockTopic, Config, Daemon, load_config
+from .config import ClockTopic, Config, load_config
 from .facts import untrue
 from .mqtt import Connection, Message, Stopped
 from .prompt import Anomaly, Summary
 from .replay import read_log, replay
-from .summarizer import groups
 from .window import Window
 
 HERE = Path(__file__).parent
@@ -124,6 +125,8 @@ def run_demo(
         replayer = Connection(config.broker_address, [], lambda _: None, stop=stop, role="demo-replay")
         with replayer:
             count = replay(read_log(log_path), replayer, config.clock.topic, speed=speed, stop=stop)
+        if stop.is_set():
+            raise Stopped
         print(f"{count} messages replayed in {time.monotonic() - began_s:.1f} s", flush=True)
         judged = judge(expected, arrived, daemon, stop)
         print(f"\n{len(expected)} windows summarised in {time.monotonic() - began_s:.1f} s", flush=True)
@@ -135,28 +138,28 @@ def run_demo(
 
 def for_demo(config: Config, url: str) -> Config:
     """The same application on the demo's broker and daemon, with the log's clock."""
-    daemon = msgspec.structs.replace(config.daemon, node=NODE) if config.daemon else Daemon(node=NODE)
+    daemon = msgspec.structs.replace(config.daemon, node=NODE)
     clock = ClockTopic(topic=f"{daemon.base}/{NODE}/clock")
     return msgspec.structs.replace(config, broker=url, daemon=daemon, clock=clock)
 
 
-def windows_of(config: Config, log_path: Path) -> dict[tuple[str, str], tuple[Window, int]]:
-    """(summary's name, ISO end) -> (window, max_sensors), computed without MQTT."""
-    collector, timer = Collector(config), Timer(config)
-    found: dict[tuple[str, str], tuple[Window, int]] = {}
+def windows_of(config: Config, log_path: Path) -> dict[tuple[str, str], Window]:
+    """(summary's name, ISO end) -> window, computed without MQTT."""
+    collector, timer = Collector(config, quiet=True), Timer(config)
+    found: dict[tuple[str, str], Window] = {}
     for record in read_log(log_path):
         now_s = record.time.timestamp()
         for index, start_s, end_s in timer.due(now_s):
             summary = config.summaries[index]
             window = make_window(collector.snapshot(index, end_s, start_s), summary.site, config.zone)
             if window.sensors:
-                found[summary.name, iso(end_s, config.zone)] = (window, summary.max_sensors)
+                found[summary.name, iso(end_s, config.zone)] = window
         collector.add(record.topic, record.payload.encode(), now_s=now_s)
     return found
 
 
 def judge(
-    expected: dict[tuple[str, str], tuple[Window, int]],
+    expected: dict[tuple[str, str], Window],
     arrived: queue.Queue[dict[str, Any]],
     daemon: DaemonProcess,
     stop: threading.Event,
@@ -178,14 +181,14 @@ def judge(
                 ]
             continue
         deadline = time.monotonic() + SILENCE_TIMEOUT_S
-        found = missing.pop((report["name"], report["end"]), None)
-        problems = ["it belongs to no window of the log"] if found is None else check_report(report, *found)
+        window = missing.pop((report["name"], report["end"]), None)
+        problems = ["it belongs to no window of the log"] if window is None else check_report(report, window)
         judged.append((report["generated_by"], problems))
         print(f"\n{describe(report, problems)}", flush=True)
     return judged
 
 
-def check_report(report: dict[str, Any], window: Window, max_sensors: int) -> list[str]:
+def check_report(report: dict[str, Any], window: Window) -> list[str]:
     """What in a published report the log does not bear out."""
     summary = Summary(
         report["title"],
@@ -194,8 +197,9 @@ def check_report(report: dict[str, Any], window: Window, max_sensors: int) -> li
         tuple(Anomaly(a["sensor"], a["kind"], a["detail"]) for a in report["anomalies"]),
         tuple(report["actions"]),
     )
-    parts = groups(window, max_sensors)
-    problems = untrue(window, summary, parts=parts if len(parts) > 1 else ())
+    ends = list(itertools.accumulate(report["parts"]))
+    parts = [replace(window, sensors=window.sensors[a:b]) for a, b in itertools.pairwise([0, *ends])]
+    problems = untrue(window, summary, parts=parts)
     if (report["start"], report["sensors"]) != (iso(window.start_s, window.zone), len(window.sensors)):
         problems.append(f"it is about {report['sensors']} sensors from {report['start']}: readings were lost")
     return problems

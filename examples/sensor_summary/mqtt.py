@@ -169,7 +169,7 @@ class Connection:
         def on_disconnect(
             _client: Client, _data: Any, _flags: Any, reason: ReasonCode, _properties: Any
         ) -> None:
-            if reason.is_failure:
+            if reason.is_failure and self._client is client:
                 log.warning("%s: the connection ended (%s)", self.broker, reason)
             outcome.put(f"the connection ended ({reason})")
 

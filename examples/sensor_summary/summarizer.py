@@ -50,6 +50,7 @@ class Report:
     generated_by: Author
     attempts: int  # requests that the model answered
     model: str | None  # None: no answer of a model was used
+    parts: tuple[int, ...] = ()  # numbers of sensors, when it was put together from several reports
 
 
 def summarize(window: Window, ask: Ask, max_sensors: int) -> Report:
@@ -72,6 +73,8 @@ def summarize(window: Window, ask: Ask, max_sensors: int) -> Report:
             given_up = True  # the other groups would only wait as long
     if len(parts) == 1:
         return parts[0][1]
+    if all(report.generated_by == "computed" for _, report in parts):
+        return computed(window, sum(report.attempts for _, report in parts))
     return merge(window, parts)
 
 
@@ -93,12 +96,13 @@ def groups(window: Window, max_sensors: int) -> list[Window]:
 
 
 def merge(window: Window, parts: list[tuple[Window, Report]]) -> Report:
-    """One report from the groups': the texts in order, each named, the highest severity, a counted title."""
+    """One report from the groups': texts in order, each with its sensors, highest severity, counted title."""
     texts: list[str] = []
     anomalies: list[Anomaly] = []
     actions: list[str] = []
     for group, report in parts:
-        texts.append(f"[{group.sensors[0].name} to {group.sensors[-1].name}] {report.summary.summary}")
+        first, last = group.sensors[0].name, group.sensors[-1].name
+        texts.append(f"[{first}{f' to {last}' if last != first else ''}] {report.summary.summary}")
         anomalies += report.summary.anomalies
         actions += report.summary.actions
     authors = {report.generated_by for _, report in parts}
@@ -113,6 +117,7 @@ def merge(window: Window, parts: list[tuple[Window, Report]]) -> Report:
         authors.pop() if len(authors) == 1 else "mixed",
         sum(report.attempts for _, report in parts),
         next((report.model for _, report in parts if report.model), None),
+        tuple(len(group.sensors) for group, _ in parts),
     )
 
 
