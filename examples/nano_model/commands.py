@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
-from .words import invented_word, place
+from .words import invented_text, invented_word, place
 
 _ROOMS = (
     """
@@ -51,14 +51,17 @@ _SENSOR_ENDS = ("temperature", "humidity", "co2", "power", "level")
 
 
 def _room(rng: random.Random, held_out: bool) -> str:
-    if rng.random() < 0.25:
+    kind = rng.random()
+    if kind < 0.25:
         return place(rng, held_out)
+    if kind < 0.45:
+        return f"{invented_word(rng).lower()} {rng.choice(['room', 'hall', 'corner', 'wing', 'cellar'])}"
     return rng.choice(_HELD_OUT_ROOMS if held_out else _ROOMS)
 
 
 def _device(rng: random.Random, held_out: bool) -> str:
-    if rng.random() < 0.15:
-        return f"{invented_word(rng)} {rng.choice(['pump', 'lamp', 'fan', 'plug'])}"
+    if rng.random() < 0.4:
+        return f"{invented_word(rng).lower()} {rng.choice(['pump', 'lamp', 'fan', 'plug'])}"
     return rng.choice(_HELD_OUT_DEVICES if held_out else _DEVICES)
 
 
@@ -74,8 +77,15 @@ def _integer(low: int, high: int):  # type: ignore[no-untyped-def]
     return draw
 
 
-def _one_of(train: list[str], held_out_list: list[str]):  # type: ignore[no-untyped-def]
-    return lambda rng, held_out: rng.choice(held_out_list if held_out else train)
+def _one_of(train: list[str], held_out_list: list[str], words: tuple[int, int]):  # type: ignore[no-untyped-def]
+    """A text of the list, or as often one of so many words that nobody has written."""
+
+    def draw(rng: random.Random, held_out: bool) -> str:
+        if rng.random() < 0.5:
+            return invented_text(rng, rng.randint(*words))
+        return rng.choice(held_out_list if held_out else train)
+
+    return draw
 
 
 def _clock(rng: random.Random, held_out: bool) -> str:
@@ -194,7 +204,9 @@ ACTIONS = (
         ("lock_door", "set_lock", "door_lock"),
         ("Lock or unlock a door.", "Control a door's lock."),
         {
-            "door": Slot(("door", "name"), "string", _one_of(_DOORS, _HELD_OUT_DOORS), "Name of the door"),
+            "door": Slot(
+                ("door", "name"), "string", _one_of(_DOORS, _HELD_OUT_DOORS, (1, 2)), "Name of the door"
+            ),
             "locked": Slot(("locked", "lock"), "boolean", None, "true to lock"),
         },
         (
@@ -247,7 +259,9 @@ ACTIONS = (
             "minutes": Slot(
                 ("minutes", "duration_minutes"), "integer", _integer(1, 180), "Length in minutes"
             ),
-            "label": Slot(("label", "name"), "string", _one_of(_LABELS, _HELD_OUT_LABELS), "What it is for"),
+            "label": Slot(
+                ("label", "name"), "string", _one_of(_LABELS, _HELD_OUT_LABELS, (1, 3)), "What it is for"
+            ),
         },
         (
             P("Set a {minutes} minute timer for {label}."),
@@ -290,7 +304,7 @@ ACTIONS = (
         {
             "room": _ROOM,
             "message": Slot(
-                ("message", "text"), "string", _one_of(_MESSAGES, _HELD_OUT_MESSAGES), "What to say"
+                ("message", "text"), "string", _one_of(_MESSAGES, _HELD_OUT_MESSAGES, (1, 7)), "What to say"
             ),
         },
         (

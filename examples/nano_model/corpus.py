@@ -14,6 +14,7 @@ from ..sensor_summary.prompt import SUMMARY_SYSTEM
 from ..sensor_summary.window import Window, render_window
 from .commands import random_commands
 from .windows import random_question, random_window, reference_summary
+from .words import use_pieces
 
 Messages = list[dict[str, Any]]
 
@@ -110,6 +111,7 @@ class Encoder:
         from tokenizers import Tokenizer
 
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        use_pieces(self.tokenizer.get_vocab())
         self.template = compile_template((folder / "chat_template.jinja").read_text(encoding="utf-8"))
         ids = self.tokenizer.token_to_id
         self.turn, self.end = ids("<|turn>"), ids("<turn|>")

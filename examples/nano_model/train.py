@@ -231,7 +231,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     optimizer = optimizer_of(model, args.learning_rate)
     batches = Batches(args.tokenizer, args.seed, args.rows, args.row)
     loader = DataLoader(batches, batch_size=None, num_workers=args.workers, pin_memory=device == "cuda")
-    step_layer = torch.compile(layer_step, dynamic=False) if device == "cuda" else layer_step
+    step_layer = torch.compile(layer_step, dynamic=False) if args.compile else layer_step
     rounded = RoundedWeights(model)
     log: list[tuple[int, float]] = []
     tokens, total, started = 0, torch.zeros((), device=device), time.time()
@@ -247,7 +247,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         rounding = step % 2 == 1 and progress >= args.round_from
         with (
             rounded if rounding else nullcontext(),
-            torch.autocast(device, torch.bfloat16, enabled=device == "cuda"),
+            torch.autocast(device, torch.bfloat16),
         ):
             masks = masks_of(batch["document"], model.config.sliding_window)
             loss = loss_of(model, forward(model, batch["ids"], batch["position"], masks, step_layer), batch)
@@ -293,6 +293,7 @@ def main() -> None:
         "--tokenizer", type=Path, required=True, help="folder with tokenizer and chat template"
     )
     parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--max-seconds", type=float, default=1e9)
     parser.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
     parser.add_argument("--seed", type=int, default=20)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 PLACES = """
@@ -28,6 +29,12 @@ lab observatory stadium arena market terminal garage barn villa house cottage to
 HELD_OUT_SITES = (
     "monastery lighthouse distillery fishery heliport seminary aquaduct refinery glasshouse".split()
 )
+_COMMON = """
+the a my our your we you they it is are was has have will can go come leave wait look take bring open
+close ready late soon now here there today tonight tomorrow in on at for with from to of and or not please
+hello thanks water food dog cat child mother father friend train car bike rain snow sun cold warm hot
+green red blue big small old new first last
+""".split()
 _ONSETS = "b c d f g h j k l m n p r s t v w z br ch cr dr fl gr kl pl pr sch sh sk sl st str th tr".split()
 _VOWELS = "a e i o u ai au ea ei ie io oo ou".split()
 _CODAS = ["", "", "", "n", "r", "l", "s", "t", "m", "x", "nd", "rk", "st", "ck", "lm"]
@@ -229,17 +236,41 @@ GENERIC = ("Inspect {}.", "Inspect {}.")
 SILENT_ACTION = "Check power and connection of {}."
 
 
+# Parts of the tokenizer's vocabulary, for words that hold every token; see `use_pieces`.
+_PIECES: list[str] = []
+
+
+def use_pieces(vocabulary: Iterable[str]) -> None:
+    """Build half of all invented words from these tokens.
+
+    A model learns to copy a token only by copying it: without this, tokens that no word list happens to hold
+    are copied wrong in names that nobody has seen.
+    """
+    words = (token.removeprefix("▁") for token in vocabulary)
+    _PIECES[:] = sorted({word for word in words if word.isascii() and word.isalpha()})
+
+
 def invented_word(rng: random.Random) -> str:
     """A word that nobody has seen."""
+    if _PIECES and rng.random() < 0.6:
+        return "".join(rng.choice(_PIECES) for _ in range(rng.choice([1, 2, 2, 3])))
     return "".join(
         rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(rng.randint(1, 3))
+    )
+
+
+def invented_text(rng: random.Random, words: int) -> str:
+    """Some words, known and invented."""
+    known = (*PLACES, *SITES, *_COMMON)
+    return " ".join(
+        rng.choice(known) if rng.random() < 0.6 else invented_word(rng).lower() for _ in range(words)
     )
 
 
 def place(rng: random.Random, held_out: bool) -> str:
     """One part of a sensor's name."""
     kind = rng.random()
-    if kind < 0.45:
+    if kind < 0.35:
         word = rng.choice(HELD_OUT_PLACES if held_out else PLACES)
     elif kind < 0.75:
         word = invented_word(rng)
@@ -252,7 +283,7 @@ def place(rng: random.Random, held_out: bool) -> str:
 
 def site(rng: random.Random, held_out: bool) -> str:
     """A site's name, of one or two words."""
-    word = rng.choice(HELD_OUT_SITES if held_out else SITES) if rng.random() < 0.6 else invented_word(rng)
+    word = rng.choice(HELD_OUT_SITES if held_out else SITES) if rng.random() < 0.45 else invented_word(rng)
     if rng.random() < 0.3:
         word = word.capitalize()
     if rng.random() < 0.1:
