@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from gemma_edge.runtime.chat import ChatTemplate
+from gemma_edge.runtime.answer import Answer
+from gemma_edge.runtime.chat import ChatTemplate, load_template
+from gemma_edge.runtime.engine import Engine
 from gemma_edge.runtime.errors import RequestError
 from gemma_edge.runtime.sampler import SamplingParams
 from gemma_edge.runtime.service import (
@@ -25,6 +27,7 @@ from gemma_edge.runtime.service import (
     ToolCallDelta,
     Usage,
 )
+from gemma_edge.runtime.tokenizer import load_tokenizer
 
 from .support.scripted_engine import ScriptedEngine
 from .support.tokenizer_files import tokenizer_pair
@@ -297,6 +300,23 @@ def test_draining_out_of_time_fails_the_rest(held):
     for job in jobs:
         last = list(job.events())[-1]
         assert isinstance(last, Failed) and last.code == "shutting_down"
+
+
+def test_a_real_engine_serves_many_threads(tiny_bundle):
+    tiny = tiny_bundle(context=192, chunk=16)
+    engine, tokenizer, template = Engine(tiny.bundle), load_tokenizer(tiny.bundle), load_template(tiny.bundle)
+    questions = [[{"role": "user", "content": word * 5}] for word in ("light ", "door ", "window ")]
+    alone = []
+    for messages in questions:
+        ids = list(engine.generate(template.encode(tokenizer, messages), max_new_tokens=20))
+        answer = Answer(tokenizer)
+        deltas = [delta for token in ids for delta in answer.push(token)] + answer.finish()
+        alone.append((text_of(deltas), len(ids)))
+    with Service(engine, tokenizer, template, model_name="tiny") as service:
+        jobs = [service.submit(ChatRequest(messages, max_tokens=20)) for messages in questions]
+        answers = [list(job.events()) for job in jobs]
+    assert [(text_of(events), events[-1].usage.completion_tokens) for events in answers] == alone
+    assert len(set(alone)) == 3
 
 
 def test_many_threads_at_once():
