@@ -2,9 +2,9 @@
 
     python bench/export.py E2B --recipe int4 --device raspberry-pi-5-8gb
 
-The checkpoint is written first (9.4 GB for E2B, 15 GB for E4B, in --work) and removed afterwards, and so is the
-bundle unless --out names a folder for it. Weights are one block of normal noise over and over: they cost what real
-ones cost to read and quantize, and mean nothing.
+The checkpoint is written first (9.4 GB for E2B, 15 GB for E4B, in --work) and removed afterwards, and so is
+the bundle unless --out names a folder for it. Weights are one block of normal noise over and over: they cost
+what real ones cost to read and quantize, and mean nothing.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ def add_export_arguments(parser: argparse.ArgumentParser, *, out_is_positional: 
     parser.add_argument(
         "--model",
         metavar="PATH|HUB_ID",
-        help="a checkpoint folder, `nano` for the bundled model, or a Hub id (default: what the profile names)",
+        help="a checkpoint folder, `nano` (the bundled model) or a Hub id (default: the profile's)",
     )
     parser.add_argument(
         "--device", required=True, metavar="NAME", help="device profile; see `gemma-edge devices`"
@@ -20,11 +20,11 @@ def add_export_arguments(parser: argparse.ArgumentParser, *, out_is_positional: 
     parser.add_argument(
         "--context", type=_tokens, metavar="N", help="tokens of context (default: the profile's)"
     )
-    out = dict(type=Path, help="bundle folder (default: bundles/MODEL-DEVICE-RECIPE)")
+    default = "bundle folder (default: bundles/MODEL-DEVICE-RECIPE)"
     if out_is_positional:
-        parser.add_argument("out", nargs="?", metavar="OUT", **out)
+        parser.add_argument("out", nargs="?", type=Path, metavar="OUT", help=default)
     else:
-        parser.add_argument("--out", metavar="DIR", **out)
+        parser.add_argument("--out", type=Path, metavar="DIR", help=default)
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     parser.add_argument("--revision", metavar="REV", help="Hub branch, tag or commit")
     parser.add_argument("--offline", action="store_true", help="never ask the Hub; take what its cache has")

@@ -1,4 +1,4 @@
-"""Gives a traced graph its weights: placeholders become real operators, initializers point into the data files."""
+"""Gives a traced graph its weights: placeholders become operators, initializers point into data files."""
 
 from __future__ import annotations
 

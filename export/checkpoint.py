@@ -1,7 +1,7 @@
-"""Reads a Hugging Face checkpoint's safetensors lazily, a few rows at a time, under canonical names; numpy only.
+"""Reads a checkpoint's safetensors lazily, some rows at a time, under canonical names; numpy only.
 
-The header of every file is checked before anything is read: a missing tensor, a wrong shape or a truncated file is
-found up front, not after minutes of quantizing.
+The header of every file is checked before anything is read: a missing tensor, a wrong shape or a truncated
+file is found up front, not after minutes of quantizing.
 """
 
 from __future__ import annotations
@@ -46,23 +46,25 @@ class TensorEntry:
 
 
 class Checkpoint:
-    """The text model's tensors of one checkpoint folder, by canonical name (`layers.0.mlp.up_proj.weight`)."""
+    """The text model's tensors, by canonical name: `layers.0.mlp.up_proj.weight`."""
 
     def __init__(self, folder: Path, tensors: Mapping[str, TensorEntry]) -> None:
         self.folder = folder
         self.tensors = tensors
 
     def require(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Check that every tensor is there in its shape. Raises CheckpointError naming the first that is not."""
+        """Check that every tensor is there in its shape. Raises CheckpointError naming one that is not."""
         for name, shape in shapes.items():
             entry = self._entry(name)
             if entry.shape != shape:
                 raise CheckpointError(
-                    f"{entry.file}: {entry.original_name} has shape {entry.shape}, config.json asks for {shape}"
+                    f"{entry.file}: {entry.original_name} has shape {entry.shape}, "
+                    f"config.json asks for {shape}"
                 )
             if entry.dtype not in ITEM_BYTES:
                 raise CheckpointError(
-                    f"{entry.file}: {entry.original_name} is {entry.dtype}, expected one of {', '.join(ITEM_BYTES)}"
+                    f"{entry.file}: {entry.original_name} is {entry.dtype}, "
+                    f"expected one of {', '.join(ITEM_BYTES)}"
                 )
         if unused := [name for name in self.tensors if name not in shapes and not _is_dead(name, shapes)]:
             log.warning("%s: %d tensors are not used: %s", self.folder, len(unused), ", ".join(unused[:5]))
@@ -147,7 +149,8 @@ def _read_header(path: Path) -> Iterable[tuple[str, TensorEntry]]:
         begin, end = fields["data_offsets"]
         if start + end > size:
             raise CheckpointError(
-                f"{path}: truncated: {name} ends at byte {start + end}, the file has {size}; download it again"
+                f"{path}: truncated: {name} ends at byte {start + end}, the file has {size}; "
+                "download it again"
             )
         shape = tuple(fields["shape"])
         item = ITEM_BYTES.get(fields["dtype"])
@@ -168,6 +171,6 @@ def _canonical(name: str) -> str | None:
 
 
 def _is_dead(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Keys and values of KV-shared layers, which the checkpoints carry but no one reads, and the copy of a tied head."""
+    """Keys and values of KV-shared layers, in the checkpoints but never read, and a tied head's copy."""
     dead = (".self_attn.k_proj.", ".self_attn.v_proj.", ".self_attn.k_norm.", ".self_attn.v_norm.")
     return any(part in name for part in dead) or name == "lm_head.weight"

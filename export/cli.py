@@ -1,4 +1,4 @@
-"""`gemma-edge export`: finds profile, recipe and checkpoint, shows progress on stderr and the result on stdout."""
+"""`gemma-edge export`: finds profile, recipe and checkpoint; progress on stderr, the result on stdout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same model for onnxruntime-genai: its configuration and one graph from token ids to logits, without new weights."""
+"""The same model for onnxruntime-genai: its configuration and one graph from ids to logits."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ CONFIG = "genai_config.json"
 def write_text_graph(embeddings: Path, decoder: Path, out: Path) -> None:
     """Join the two graphs into one that takes ids. It refers to their data files.
 
-    onnxruntime-genai's `gemma4_text` knows one graph only. It allocates the caches itself, so their capacity is free
-    here; and it asks for the last row's logits, so `logits_to_keep` is a constant.
+    onnxruntime-genai's `gemma4_text` knows one graph only. It allocates the caches itself, so their capacity
+    is free here; and it asks for the last row's logits, so `logits_to_keep` is a constant.
     """
     model, front = ir.load(decoder), ir.load(embeddings)
     graph = model.graph

@@ -69,12 +69,12 @@ class TextModel:
 
     @property
     def last_cached(self) -> int:
-        """Above this layer's keys and values nothing is written, so prefill needs only the kept rows there."""
+        """Above this layer's keys and values nothing is written: prefill needs only the kept rows there."""
         return self.cached_layers[-1].index
 
 
 def read_text_model(folder: Path) -> TextModel:
-    """The model described by `folder`/config.json. Raises ConfigError naming what is missing or unsupported."""
+    """The model of `folder`/config.json. Raises ConfigError naming what is missing or unsupported."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -210,9 +210,8 @@ def _layer_types(reader: _Reader) -> tuple[LayerType, ...]:
     for layer_type in types:
         if layer_type not in get_args(LayerType):
             raise ConfigError(f"{reader.where}: layer type {layer_type!r} is not supported")
-    return tuple(types[:-1]) + (
-        FULL,
-    )  # transformers makes the last layer full attention, whatever is written
+    # transformers makes the last layer full attention, whatever is written.
+    return (*types[:-1], FULL)
 
 
 def _full_attention_overrides(
@@ -246,7 +245,7 @@ def _layers(
         raise ConfigError(f"{reader.where}: num_kv_shared_layers leaves no layer with keys and values")
     intermediate = reader.integer("intermediate_size")
     heads = reader.integer("num_attention_heads")
-    layers = []
+    layers: list[Layer] = []
     for index, layer_type in enumerate(layer_types):
         shared = index >= first_shared
         source = index

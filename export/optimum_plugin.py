@@ -26,7 +26,7 @@ Axes = dict[str, dict[int, str]]
 @register("gemma4", TASK)
 @register("gemma4_text", TASK)
 class Gemma4ExporterConfig(ExporterConfig):
-    """Inputs and outputs of the decoder graph for a transformers config. Cache axes are fixed by the device."""
+    """The decoder graph's inputs and outputs for a transformers config; the device fixes cache axes."""
 
     NORMALIZED_CONFIG_CLASS = NormalizedTextConfig
     ATOL_FOR_VALIDATION = 1e-3

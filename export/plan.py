@@ -1,4 +1,4 @@
-"""What an export will write, worked out before any work: storage of every weight, sizes, memory on the device."""
+"""What an export will write, worked out beforehand: storage of every weight, sizes, memory needed."""
 
 from __future__ import annotations
 
@@ -193,6 +193,6 @@ def _over_budget(profile: DeviceProfile, memory: Memory, context: int, fits: int
         else "no context fits: take a smaller model, a recipe with fewer bits, or a device with more memory"
     )
     return (
-        f"{profile.name} grants {profile.memory.budget_mib} MiB, this bundle needs {mib(total_bytes(memory))} "
-        f"({parts}); {advice}"
+        f"{profile.name} grants {profile.memory.budget_mib} MiB, this bundle needs "
+        f"{mib(total_bytes(memory))} ({parts}); {advice}"
     )

@@ -1,7 +1,8 @@
 """Symmetric block quantization of weight matrices; numpy only, knows nothing of files or graphs.
 
-A block of consecutive weights of a row shares one float32 scale: w = (q - zero) * scale, zero = 2^(bits-1). This is
-the layout of MatMulNBits and GatherBlockQuantized: 4-bit values are packed two to a byte, the first in the low half.
+A block of consecutive weights of a row shares one float32 scale: w = (q - zero) * scale, zero = 2^(bits-1).
+This is the layout of MatMulNBits and GatherBlockQuantized: 4-bit values are packed two to a byte, the first
+in the low half.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from .recipes import Method
 
 TINY_SCALE = 1e-30  # below it a block counts as zero: dividing by such a scale overflows
 TASK_VALUES = 1 << 18  # weights quantized at a time by one thread: they stay in the cache
-# How far the largest weight of a block may lie outside the range, as multiples of the range: clipping it a little
-# often costs less than a coarser scale for all the others.
+# How far the largest weight of a block may lie outside the range, as multiples of the range: clipping it a
+# little often costs less than a coarser scale for all the others.
 SEARCH_RANGES = np.linspace(0.78, 1.22, 12, dtype=np.float32)
 
 
@@ -88,9 +89,9 @@ def _nearest_scales(blocks: np.ndarray, bits: int) -> np.ndarray:
 def _searched_scales(blocks: np.ndarray, bits: int) -> np.ndarray:
     """The scales with the least squared error among candidates of both signs.
 
-    For given levels q the best scale is <w, q> / <q, q>, and the error is then |w|^2 - <w, q>^2 / <q, q>: each
-    candidate scale proposes levels, is refined to their best scale, and the largest gain wins. There is one more
-    level below zero than above, so the sign of the scale decides which side of a block gets it.
+    For given levels q the best scale is <w, q> / <q, q>, and the error is then |w|^2 - <w, q>^2 / <q, q>:
+    each candidate scale proposes levels, is refined to their best scale, and the largest gain wins. There is
+    one more level below zero than above, so the sign of the scale decides which side of a block gets it.
     """
     zero = 2 ** (bits - 1)
     largest = blocks[np.arange(len(blocks)), np.abs(blocks).argmax(axis=1)]

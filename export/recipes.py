@@ -18,7 +18,7 @@ Method = Literal["float", "nearest", "search"]
 BLOCK_MIN = 16  # of MatMulNBits and GatherBlockQuantized
 
 
-class Rule(Struct):
+class Rule(Struct, frozen=True):
     """How the weights whose canonical name matches `weights` are stored."""
 
     weights: str  # shell pattern: * and ?
@@ -29,7 +29,7 @@ class Rule(Struct):
     )
 
 
-class Recipe(Struct):
+class Recipe(Struct, frozen=True):
     """Rules in order: the first that matches a weight decides. Norms and scalars always stay float32."""
 
     name: str
@@ -73,10 +73,10 @@ def decide(recipe: Recipe, profile: DeviceProfile, name: str, width: int) -> Sto
         return Storage(rule.bits, 0, rule.method)
     asked = rule.block
     if asked == "device":
-        if str(rule.bits) not in profile.block_sizes:
-            raise ConfigError(f"profile {profile.name}: block_sizes has no entry for {rule.bits} bits")
-        asked = profile.block_sizes[str(rule.bits)]
-        _check_block(asked, f"profile {profile.name}: block_sizes[{rule.bits}]")
+        key: Literal["4", "8"] = "4" if rule.bits == 4 else "8"
+        if key not in profile.block_sizes:
+            raise ConfigError(f"profile {profile.name}: block_sizes has no entry for {key} bits")
+        asked = profile.block_sizes[key]
     block = asked
     while block > BLOCK_MIN and width % block:
         block //= 2
@@ -88,10 +88,7 @@ def _check(rule: Rule, path: Path) -> None:
         raise ConfigError(
             f"{path}: rule {rule.weights!r}: 32 bits go with method float, 4 and 8 with the others"
         )
-    if rule.block != "device":
-        _check_block(rule.block, f"{path}: rule {rule.weights!r}: block")
-
-
-def _check_block(block: int, where: str) -> None:
-    if block < BLOCK_MIN or block & (block - 1):
-        raise ConfigError(f"{where} is {block}, expected a power of two of at least {BLOCK_MIN}")
+    if (block := rule.block) != "device" and (block < BLOCK_MIN or block & (block - 1)):
+        raise ConfigError(
+            f"{path}: rule {rule.weights!r}: block is {block}, expected a power of two from {BLOCK_MIN} up"
+        )

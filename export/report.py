@@ -1,4 +1,6 @@
-"""The table that closes an export: files, bytes per token, memory against the device's budget, worst errors."""
+"""The table that closes an export: files, bytes per token, memory against the device's budget, worst
+errors.
+"""
 
 from __future__ import annotations
 

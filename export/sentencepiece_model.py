@@ -1,7 +1,7 @@
 """Writes tokenizer.json's BPE as a SentencePiece model, which the device loads with a tenth of the memory.
 
-The ids are the same: a merge of rank r becomes the piece's score -r, and SentencePiece, like `tokenizers`, always
-joins the best-ranked neighbours first, leftmost on a tie. What a piece is is told by its type:
+The ids are the same: a merge of rank r becomes the piece's score -r, and SentencePiece, like `tokenizers`,
+always joins the best-ranked neighbours first, leftmost on a tie. What a piece is is told by its type:
 
     CONTROL       special added tokens, `<bos>`, `<|turn>`, …: the reader splits them off the text itself
     USER_DEFINED  other added tokens, runs of newlines, say: SentencePiece keeps them whole, longest first
@@ -117,7 +117,9 @@ def _ranks(merges: list[Any]) -> dict[str, int]:
 
 
 def _is_spaces(piece: str) -> bool:
-    """Runs of escaped spaces are made by merges: as added tokens they only match a literal `▁` in the text."""
+    """Runs of escaped spaces are made by merges: as added tokens they only match a literal `▁` in the
+    text.
+    """
     return set(piece) == {SPACE}
 
 
@@ -137,7 +139,9 @@ def _settings(model: Any, ids: dict[str, int], unknown: str) -> None:
 
 
 def _check(tokenizer_json: Path, model: Path, data: dict[str, Any]) -> None:
-    """Compare ids on texts made of the vocabulary's own pieces: whatever was assumed above would show here."""
+    """Compare ids on texts made of the vocabulary's own pieces: whatever was assumed above would show
+    here.
+    """
     import sentencepiece
     import tokenizers
 

@@ -1,4 +1,4 @@
-"""Streams weights from a checkpoint into external data files, quantized on the way, one chunk of rows at a time."""
+"""Streams weights from a checkpoint into external data files, quantized on the way, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Progress = Callable[[str, int], None]  # name of the tensor at hand, weights don
 
 
 class DataFile:
-    """An external data file that is being written: regions are reserved in order, then filled in any order."""
+    """An external data file being written: regions are reserved in order, then filled in any order."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -74,7 +74,7 @@ class DataFile:
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A weight's bytes: its matrix, float (rows, width) or packed (rows, bytes), and the scales (rows, blocks)."""
+    """A weight's bytes: float (rows, width), or packed (rows, bytes) with scales (rows, blocks)."""
 
     planned: PlannedWeight
     file: DataFile

@@ -44,7 +44,7 @@ class Traced:
 
 
 def trace_decoder(model: TextModel, caches: Caches) -> Traced:
-    """The decoder with the names that runtime and onnxruntime-genai expect; all cache dimensions are fixed."""
+    """The decoder with the names that runtime and onnxruntime-genai expect; cache sizes are fixed."""
     shape = model.geometry
     width = shape.num_hidden_layers * shape.hidden_size_per_layer_input
     with _fake_tensors():
@@ -65,7 +65,7 @@ def trace_decoder(model: TextModel, caches: Caches) -> Traced:
             past,
         )
         tokens, total, rows = (torch.export.Dim(name, min=2, max=2**20) for name in ("new", "total", "kept"))
-        dynamic = (
+        dynamic: tuple = (
             {1: tokens},
             {1: tokens} if width else None,
             {1: total},
@@ -143,7 +143,7 @@ def _name_decoder(model: ir.Model, names: list[str], cache_names: list[str]) -> 
 
 
 def _finish(model: ir.Model, prefix: str) -> None:
-    """Drop what tracing leaves behind. Shapes inside the graph go too: those of padded rows were declared wrong.
+    """Drop what tracing leaves behind, also shapes inside the graph: those of padded rows are wrong.
 
     Values and nodes are numbered after `prefix`, so that two graphs can be joined.
     """

@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """tiny_bundle(recipe="int4", kv="float16", model=dict(seed=1), …) -> TinyBundle; see `support.tiny_bundles`."""
+    """tiny_bundle(recipe="int4", kv="float16", model=dict(seed=1)); see `support.tiny_bundles`."""
     from .support.tiny_bundles import export_tiny
 
     made: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""An export as a whole: what is written, that nothing is left of one that failed, budgets, and the command line."""
+"""An export as a whole: what is written, that a failed one leaves nothing, budgets, the command line."""
 
 from __future__ import annotations
 
@@ -253,9 +253,9 @@ def test_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 def test_models_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(SourceError, match="--offline was given.*MODEL=nano"):
+    with pytest.raises(SourceError, match=r"--offline was given.*MODEL=nano"):
         find_checkpoint("google/gemma-4-E2B-it", offline=True)
-    with pytest.raises(SourceError, match="neither a folder nor a Hub id.*--model nano"):
+    with pytest.raises(SourceError, match=r"neither a folder nor a Hub id.*--model nano"):
         find_checkpoint("no such folder")
     with pytest.raises(SourceError, match=r"no config\.json"):
         find_checkpoint(str(tmp_path))

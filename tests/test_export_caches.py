@@ -1,4 +1,4 @@
-"""Cache types: what float16 and int8 caches cost in accuracy, and the int8 scales that need no calibration."""
+"""Cache types: what float16 and int8 caches cost in accuracy; int8 scales that need no calibration."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def logits(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def soften(checkpoint: Path) -> None:
-    """Random queries make attention all but one-hot, which blows any rounding up: scale them to what real ones do."""
+    """Random queries make attention all but one-hot, which blows rounding up: scale them down."""
     tensors = load_file(checkpoint / "model.safetensors")
     for name in tensors:
         if name.endswith("q_norm.weight"):
@@ -67,7 +67,7 @@ def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("head_dim", [16, 64, 256, 512])
 @pytest.mark.parametrize("fraction", [1.0, 0.25])
 def test_scales_fit_normalised_keys(head_dim: int, fraction: float):
-    """Keys as the graph makes them: normalised, weighted, rotated. Almost nothing is clipped, and the error is small."""
+    """Keys as the graph makes them: normalised, weighted, rotated. None is clipped, the error is small."""
     rng = np.random.default_rng(head_dim)
     weight = rng.uniform(0.2, 3.0, head_dim).astype(np.float32)
     rope = Rope(1e4, fraction, 1.0)

@@ -1,4 +1,4 @@
-"""What the exported graphs consist of: caches, no float matmul, weights stored once, tables mapped and not copied."""
+"""What the graphs consist of: caches, no float matmul, weights stored once, tables mapped, not copied."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_shared_layers_write_nothing_and_only_one_row_may_enter_them(tiny_bundle
     attention = graph.nodes("GroupQueryAttention")
     writers = [node for node in attention if len(node.output) == 3]
     readers = [node for node in attention if len(node.output) == 1]
-    # Of the three layers that own a cache the last writes with TensorScatter, so that its attention is skipped too.
+    # Of the three layers that own a cache the last writes with TensorScatter: its attention is skipped too.
     assert (len(writers), len(readers), len(graph.nodes("TensorScatter"))) == (2, 4, 2)
     for node in readers:
         assert graph.value(node.input[1]).shape[1] == 0 and node.input[1] == node.input[2]
@@ -70,7 +70,7 @@ def test_no_matmul_stays_in_float(tiny_bundle, recipe: str):
         assert not graph.nodes("Gather", "DequantizeLinear")
     decoder = load_graph(tiny.path / "decoder.onnx")
     linears = decoder.nodes("MatMulNBits")
-    # Six layers: q, o, three of the MLP, two of the per-layer input; k and v of three; the projection and the head.
+    # Six layers: q, o, three of the MLP, two of the per-layer input; k and v of three; projection and head.
     assert len(linears) == 6 * 7 + 3 * 2 + 2
     assert all(attributes(node)["accuracy_level"] == 4 for node in linears)
     assert len(load_graph(tiny.path / "embeddings.onnx").nodes("GatherBlockQuantized")) == 2
@@ -173,7 +173,7 @@ print(json.dumps({
 
 
 def test_embedding_tables_are_mapped_not_copied(tmp_path: Path):
-    """A table of over 100 MB: after reading rows all over it, its pages are the file's, not the process's own."""
+    """A table of over 100 MB: with rows read all over it, its pages are the file's, not the process's."""
     rows = 65536
     tiny = export_tiny(
         tmp_path,

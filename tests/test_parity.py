@@ -1,4 +1,4 @@
-"""Exported graphs against transformers: logits, greedy tokens, chunked prefill and prefill skip, on many shapes."""
+"""Exported graphs against transformers: logits, greedy tokens, chunked prefill, prefill skip; 12 shapes."""
 
 from __future__ import annotations
 
@@ -99,8 +99,9 @@ def shape(
 
 
 def logits_of(model: Gemma4ForCausalLM, ids: list[int]) -> np.ndarray:
-    """(tokens, vocab). Asking for hidden states switches transformers' own prefill skip off, which cannot do without
-    per-layer inputs."""
+    """(tokens, vocab). Asking for hidden states switches off transformers' own prefill skip, which fails
+    without per-layer inputs.
+    """
     with torch.no_grad():
         return model(torch.tensor([ids]), output_hidden_states=True).logits[0].numpy()
 

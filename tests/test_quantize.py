@@ -46,7 +46,7 @@ def test_the_first_of_two_values_is_in_the_low_half():
 @settings(deadline=None)
 @given(matrix=MATRICES, bits=BITS, block=BLOCKS, method=st.sampled_from(["nearest", "search"]))
 def test_values_come_back_within_a_step(matrix: np.ndarray, bits: int, block: int, method: str):
-    """Whatever the weights: shapes fit the operators, and no value is off by more than the block's range allows."""
+    """Whatever the weights: shapes fit the operators, and no block is off by more than its range allows."""
     result = quantize_rows(matrix, bits=bits, block=block, method=method)
     rows, width = matrix.shape
     blocks = -(-width // block)

@@ -1,4 +1,4 @@
-"""Attention of one layer over its own cache or a source layer's, in the three forms that prefill skip needs."""
+"""Attention of one layer over its own cache or a source's, in the three forms that prefill skip needs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Attention(nn.Module):
         """All S rows of x write the cache; nothing attends, as far as the operators allow."""
         key, value = self._keys_and_values(x, step)
         if self.layer.is_sliding:
-            # The operator evicts, so it has to run: on the keys as queries, one head for each, which is cheap.
+            # The operator evicts, so it has to run: cheaply, with the keys as queries, one head for each.
             heads = self.layer.kv_heads
             _, keys, values = self._attend(
                 key, key, value, past, step.written, step, writes=True, heads=heads

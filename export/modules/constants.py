@@ -1,4 +1,4 @@
-"""Initializers that are not tensors of the checkpoint: declared while tracing, given their values afterwards."""
+"""Initializers that are not in the checkpoint: declared while tracing, given their values afterwards."""
 
 from __future__ import annotations
 

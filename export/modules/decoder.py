@@ -1,8 +1,8 @@
 """The decoder graph: embeddings in, logits and caches out. Parameters have the checkpoint's canonical names.
 
-S new tokens, R kept rows (the last ones, whose logits are wanted), T tokens seen including the new ones. Layers
-below the last one that owns a cache see all S rows. That layer computes keys and values for S rows and the rest
-for R rows; the KV-shared layers above it write nothing and see R rows. R may be 0.
+S new tokens, R kept rows (the last ones, whose logits are wanted), T tokens seen including the new ones.
+Layers below the last one that owns a cache see all S rows. That layer computes keys and values for S rows and
+the rest for R rows; the KV-shared layers above it write nothing and see R rows. R may be 0.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Decoder(nn.Module):
         ]
 
     def _mix(self, context: Tensor, identity: Tensor, name: str, layers: int) -> list[Tensor | None]:
-        """Both (1, rows, layers * P): the projected embedding, normalised for each layer, plus the table's row."""
+        """Both (1, rows, layers * P): projected embedding, normalised for each layer, plus table row."""
         shape = self.model.geometry
         width = shape.hidden_size_per_layer_input
         scaled = context * shape.hidden_size**-0.5

@@ -1,4 +1,4 @@
-"""The embedding graph: token ids to the decoder's two float inputs; it holds the big tables and nothing else."""
+"""The embedding graph: token ids to the decoder's two float inputs; it holds the big tables only."""
 
 from __future__ import annotations
 

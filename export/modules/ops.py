@@ -1,7 +1,7 @@
 """The ONNX operators that the traced modules emit directly; knows their signatures, not the model.
 
-`Linear` and `Table` are placeholders of the domain `gemma_edge`: `attach` turns each into a float or a quantized
-operator, as the recipe says, when the weight's real bytes are there.
+`Linear` and `Table` are placeholders of the domain `gemma_edge`: `attach` turns each into a float or a
+quantized operator, as the recipe says, when the weight's real bytes are there.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def integer_division(x: Tensor, y: Tensor) -> Tensor:
 
 
 def tensor_scatter(cache: Tensor, update: Tensor, start: Tensor) -> Tensor:
-    """`cache` (1, heads, capacity, head_dim) with `update` written from row `start` (1,) on; in place when bound so."""
+    """`cache` (1, heads, capacity, head_dim) with `update` from row `start` (1,) on; in place if so bound."""
     return symbolic(
         "TensorScatter",
         (cache, update, start),
@@ -155,7 +155,7 @@ def group_query_attention(
     scales: tuple[Tensor, Tensor] | None = None,
     writes: bool,
 ) -> tuple[Tensor, ...]:
-    """Rotary attention over a cache, scale 1. Returns (output,) or, if it `writes`, (output, key cache, value cache).
+    """Rotary attention over a cache, scale 1. Returns (output,) or, if it `writes`, (output, keys, values).
 
     lengths: (tokens in the cache after this step - 1) as (1,) int32, and that plus one as a scalar.
     evicts: the cache is window-sized and the operator drops what left the window.
@@ -171,7 +171,7 @@ def group_query_attention(
         inputs += [None, None, *scales]
     while inputs[-1] is None:
         inputs.pop()
-    # The CPU operator wants somewhere to put an int8 cache even if it writes nothing: a copy that no one reads.
+    # The CPU operator wants somewhere to put an int8 cache even if it writes nothing: an unread copy.
     outputs = (query, *past) if writes or scales is not None else (query,)
     return tuple(
         symbolic_multi_out(

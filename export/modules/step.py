@@ -1,7 +1,7 @@
 """The integers one run of the decoder graph needs: which rows are kept, how many tokens each cache holds.
 
-All of it is computed inside the graph from the mask and from the caches' shapes, so that an engine which knows
-nothing of these rules (onnxruntime-genai) can run the same graph.
+All of it is computed inside the graph from the mask and from the caches' shapes, so that an engine which
+knows nothing of these rules (onnxruntime-genai) can run the same graph.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def read_step(
 
 
 def _resident(constants: Constants, total: Tensor, capacity: Tensor, window: int) -> Tensor:
-    """Rows in use of a window-sized cache: T up to the capacity C, then T - G * ceil((T - C) / G), G = C - W + 1.
+    """Rows in use of a window-sized cache: T up to its capacity C, else T - G ceil((T - C) / G), G = C - W + 1.
 
     GroupQueryAttention evicts G positions at a time; see its `sliding_window_cache` attribute.
     """

@@ -8,7 +8,7 @@ from ..geometry import Rope
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """(head_dim / 2,) float32: theta^(-2i/head_dim), zero for the pairs that "proportional" leaves unrotated."""
+    """(head_dim / 2,) float32: theta^(-2i/head_dim), zero for pairs that "proportional" leaves alone."""
     pairs = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     frequencies = (np.float32(1.0) / np.float32(rope.theta) ** pairs).astype(np.float32)
     frequencies[rotated_pairs(rope, head_dim) :] = 0.0
@@ -30,10 +30,11 @@ def cache_scales(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scales (1, kv_heads, 1, head_dim) of int8 keys and values, derived from the key norm's weight alone.
 
-    A normalised vector has root mean square 1, so no entry exceeds sqrt(head_dim). Keys are that times the norm's
-    weight, then rotated: entry i mixes with entry i + head_dim/2 and stays below the larger of the two weights
-    times their common length. Values have no weight. Entries beyond `clip` root mean squares are clipped: a Gaussian
-    has none at 6, and half the possible maximum leaves room for the outlier channels of wide heads.
+    A normalised vector has root mean square 1, so no entry exceeds sqrt(head_dim). Keys are that times the
+    norm's weight, then rotated: entry i mixes with entry i + head_dim/2 and stays below the larger of the two
+    weights times their common length. Values have no weight. Entries beyond `clip` root mean squares are
+    clipped: a Gaussian has none at 6, and half the possible maximum leaves room for the outlier channels of
+    wide heads.
     """
     clip = min(head_dim**0.5, max(6.0, head_dim**0.5 / 2))
     weight = np.abs(key_norm.astype(np.float32))

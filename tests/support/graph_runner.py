@@ -1,4 +1,4 @@
-"""Runs a bundle's graphs with plain onnxruntime calls: token ids in, logits out; knows nothing of the engine."""
+"""Runs a bundle's graphs with plain onnxruntime calls: token ids in, logits out; without the engine."""
 
 from __future__ import annotations
 

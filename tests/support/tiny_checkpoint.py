@@ -1,4 +1,4 @@
-"""Writes a small random Gemma 4 checkpoint in the Hub's layout, with every trait of E2B; knows nothing of exports."""
+"""Writes a small random Gemma 4 checkpoint in the Hub's layout, with every trait of E2B."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ SPECIAL_TOKENS = [
     *("<|image>", "<|audio>", "<|image|>", "<|audio|>", "<image|>", "<audio|>"),
 ]
 WORDS = (
-    "temperature humidity pressure sensor kitchen garden window door light turn on off set the a is are was at to of "
-    "in and not above below limit high low rising falling steady degrees percent minutes hours today value minimum "
-    "maximum mean last what which how much summary title severity anomalies actions system user model thought"
+    "temperature humidity pressure sensor kitchen garden window door light turn on off set the a is are was at "
+    "to of in and not above below limit high low rising falling steady degrees percent minutes hours today value "
+    "minimum maximum mean last what which how much summary title severity anomalies actions system user model thought"
 ).split()
 
 CHAT_TEMPLATE = """\
@@ -43,13 +43,15 @@ CHAT_TEMPLATE = """\
 {%- set turns = messages[1:] -%}
 {%- endif -%}
 {%- for tool in tools or [] -%}
-{{- '<|tool>declaration:' + tool.function.name + '{description:<|"|>' + tool.function.description + '<|"|>}<tool|>' -}}
+{{- '<|tool>declaration:' + tool.function.name -}}
+{{- '{description:<|"|>' + tool.function.description + '<|"|>}<tool|>' -}}
 {%- endfor -%}
 {{- '<turn|>\\n' -}}
 {%- endif -%}
 {%- for message in turns -%}
 {%- if message.role == 'tool' -%}
-{{- '<|tool_response>response:' + message.name + '{value:<|"|>' + message.content + '<|"|>}<tool_response|>' -}}
+{{- '<|tool_response>response:' + message.name -}}
+{{- '{value:<|"|>' + message.content + '<|"|>}<tool_response|>' -}}
 {%- else -%}
 {{- '<|turn>' + ('model' if message.role == 'assistant' else message.role) + '\\n' -}}
 {%- for call in message.tool_calls or [] -%}
@@ -79,7 +81,8 @@ def write_tiny_checkpoint(
     """Write config, weights and tokenizer to `folder` and return it.
 
     layout: "text" is a Gemma4TextConfig with names `model.…`; "multimodal" is a Gemma4Config with names
-    `model.language_model.…`, dead k/v weights of the shared layers and a few audio tower tensors, as on the Hub.
+    `model.language_model.…`, dead k/v weights of the shared layers and a few audio tower tensors, as on the
+    Hub.
     overrides: fields of Gemma4TextConfig.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +100,7 @@ def write_tiny_checkpoint(
 
 
 def tiny_config(**overrides: Any) -> Gemma4TextConfig:
-    """Ten layers, five of them KV-shared, window 8: E2B in small. `overrides` are Gemma4TextConfig's fields."""
+    """Ten layers, five KV-shared, window 8: E2B in small. `overrides`: fields of Gemma4TextConfig."""
     layers = overrides.get("num_hidden_layers", 10)
     fields: dict[str, Any] = dict(
         vocab_size=512,
@@ -124,7 +127,7 @@ def tiny_config(**overrides: Any) -> Gemma4TextConfig:
 
 
 def random_model(config: Gemma4TextConfig, seed: int) -> Gemma4ForCausalLM:
-    """A model with weights big enough for logits to differ (about 2), norm weights 0.5-1.5, layer scalars 0.5-1.2."""
+    """Weights big enough for logits of about 2, norm weights 0.5-1.5, layer scalars 0.5-1.2."""
     torch.manual_seed(seed)
     model = Gemma4ForCausalLM(config).eval()
     with torch.no_grad():
@@ -169,7 +172,7 @@ def write_tokenizer_files(folder: Path, vocab_size: int) -> None:
 
 
 def train_tokenizer(vocab_size: int) -> Tokenizer:
-    """BPE with byte fallback over `▁`-escaped text, special tokens first, as Gemma's tokenizer.json is laid out."""
+    """BPE with byte fallback over `▁`-escaped text, special tokens first, as in Gemma's tokenizer.json."""
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")

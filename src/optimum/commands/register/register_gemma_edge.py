@@ -1,5 +1,8 @@
-"""Plugs `optimum-cli export gemma-edge` in. Optimum imports every file of this namespace folder at start-up, so
-nothing heavy is imported here; the folders on the way must have no __init__.py (PEP 420)."""
+"""Plugs `optimum-cli export gemma-edge` in.
+
+Optimum imports every file of this namespace folder at start-up, so nothing heavy is imported here; the
+folders on the way must have no __init__.py (PEP 420).
+"""
 
 from __future__ import annotations
 
