@@ -117,7 +117,7 @@ class Job:
         self._changed = threading.Condition()
         self._events: list[Event] = []  # bounded: deltas nobody read yet are merged, and an answer ends
         self._started = False
-        self._closed = False  # the last event was put
+        self.last: Done | Failed | None = None  # the last event, once it was put
 
     def events(self) -> Iterator[Event]:
         """Every event, the last being Done or Failed; blocks. Leaving early cancels the request."""
@@ -126,7 +126,7 @@ class Job:
             while not last:
                 with self._changed:
                     while not self._events:
-                        if self._closed:
+                        if self.closed:
                             return  # somebody read the last event before
                         left = None if self.deadline is None else self.deadline - time.monotonic()
                         if left is not None and left <= 0:
@@ -151,16 +151,16 @@ class Job:
         """The worker takes the job. False if it is over already."""
         with self._changed:
             self._started = True
-            return not self._closed
+            return not self.closed
 
     def is_set(self) -> bool:
         """Whether the engine should stop: the job is its own cancel signal."""
-        return self._cancelled.is_set() or self.expired or self._closed
+        return self._cancelled.is_set() or self.expired or self.closed
 
     @property
     def closed(self) -> bool:
         """Whether the last event was put."""
-        return self._closed
+        return self.last is not None
 
     @property
     def cancelled(self) -> bool:
@@ -176,7 +176,7 @@ class Job:
             if isinstance(event, Done | Failed):
                 self._put_last(event)
                 return
-            if self._closed:
+            if self.closed:
                 return
             last = self._events[-1] if self._events else None
             if isinstance(last, TextDelta) and isinstance(event, TextDelta):
@@ -188,8 +188,8 @@ class Job:
             self._changed.notify_all()
 
     def _put_last(self, event: Done | Failed) -> None:
-        if not self._closed:
-            self._closed = True
+        if self.last is None:
+            self.last = event
             self._events.append(event)
             self._changed.notify_all()
 
@@ -286,7 +286,7 @@ class Service:
             raise RequestError("shutting_down", "the daemon is stopping; try again when it is back")
         for job in [job for job in self._queue if job.closed]:  # cancelled or expired while waiting
             self._queue.remove(job)
-            self._counts["cancelled"] += 1
+            self._count(job.last)
         if len(self._queue) >= self._queue_size:
             self._counts["busy"] += 1
             raise RequestError("busy", f"{len(self._queue)} requests are waiting already; try again later")
@@ -331,7 +331,7 @@ class Service:
                 last = Failed("internal_error", "the engine failed; the daemon's log has the cause")
             with self._lock:
                 self._current = None
-                self._count(last)
+                self._count(job.last or last)
             job.put(last)
 
     def _answer(self, job: Job) -> Done | Failed:
@@ -364,13 +364,13 @@ class Service:
             return Done("length", usage, stats)
         return Done("stop", usage, stats)
 
-    def _count(self, last: Done | Failed) -> None:
+    def _count(self, last: Done | Failed | None) -> None:
         if isinstance(last, Failed):
             self._counts["failed"] += 1
-            return
-        self._counts["cancelled" if last.finish_reason == "cancelled" else "completed"] += 1
-        self._counts["prompt_tokens"] += last.usage.prompt_tokens
-        self._counts["completion_tokens"] += last.usage.completion_tokens
+        elif last is not None:
+            self._counts["cancelled" if last.finish_reason == "cancelled" else "completed"] += 1
+            self._counts["prompt_tokens"] += last.usage.prompt_tokens
+            self._counts["completion_tokens"] += last.usage.completion_tokens
 
 
 _COUNTS = ("accepted", "completed", "cancelled", "failed", "busy", "prompt_tokens", "completion_tokens")

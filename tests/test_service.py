@@ -250,6 +250,8 @@ def test_a_deadline_counts_the_wait_and_the_work(held):
     assert list(running.events())[-1].code == "timeout"
     wait_for(lambda: held.service.health()["state"] == "ready")
     assert text_of(ask_open(held)) == "one two three"
+    counts = held.service.health()["counts"]
+    assert (counts["failed"], counts["cancelled"], counts["completed"]) == (2, 0, 2)
 
 
 def test_an_error_in_the_engine_fails_the_request_alone(caplog):
