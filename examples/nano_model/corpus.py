@@ -61,6 +61,16 @@ def random_dialogue(rng: random.Random) -> tuple[Messages, list[dict[str, Any]]]
     return random_commands(rng)
 
 
+def names_dialogue(rng: random.Random) -> tuple[Messages, list[dict[str, Any]]]:
+    """(messages, tools) of one dialogue of the second stage: many names to copy in little text."""
+    kind = rng.random()
+    if kind < 0.4:
+        return question_dialogue(rng, random_window(rng, max_sensors=4), turns=rng.randint(4, 10)), []
+    if kind < 0.7:
+        return random_dialogue(rng)
+    return random_commands(rng)
+
+
 def summary_dialogue(rng: random.Random, window: Window) -> Messages:
     """A window, its summary, and sometimes questions about it."""
     system = SUMMARY_SYSTEM if rng.random() < 0.8 else rng.choice(_OTHER_SYSTEMS)
@@ -74,12 +84,12 @@ def summary_dialogue(rng: random.Random, window: Window) -> Messages:
     return messages
 
 
-def question_dialogue(rng: random.Random, window: Window) -> Messages:
-    """A window and one to five questions about it, the first in the same message."""
+def question_dialogue(rng: random.Random, window: Window, turns: int | None = None) -> Messages:
+    """A window and one to five questions about it (or `turns`), the first in the same message."""
     messages: Messages = []
     if system := rng.choice(_QUESTION_SYSTEMS):
         messages.append({"role": "system", "content": system})
-    for turn in range(rng.randint(1, 5)):
+    for turn in range(turns or rng.randint(1, 5)):
         messages += _question_turn(rng, window)
         if turn == 0:
             messages[-2]["content"] = f"{render_window(window)}\n\n{messages[-2]['content']}"

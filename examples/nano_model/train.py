@@ -25,18 +25,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import Gemma4ForCausalLM
 
-from .corpus import Encoder, random_dialogue
+from .corpus import Encoder, names_dialogue, random_dialogue
 from .model import load_weights, new_model, save_model
 
 ROW = 1536  # tokens; longer dialogues are left out
 ROWS = 40  # a batch
 
+Draw = Callable[[random.Random], tuple[list[dict[str, Any]], list[dict[str, Any]]]]
+STAGES: dict[str, Draw] = {"all": random_dialogue, "names": names_dialogue}
+
 
 class Batches(IterableDataset[dict[str, Tensor]]):
     """Endless batches of packed rows; each worker draws its own, seeded, dialogues."""
 
-    def __init__(self, folder: Path, seed: int, rows: int = ROWS, row: int = ROW) -> None:
-        self.folder, self.seed, self.rows, self.row = folder, seed, rows, row
+    def __init__(
+        self, folder: Path, seed: int, rows: int = ROWS, row: int = ROW, draw: Draw = random_dialogue
+    ) -> None:
+        self.folder, self.seed, self.rows, self.row, self.draw = folder, seed, rows, row, draw
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         worker = get_worker_info()
@@ -53,7 +58,7 @@ class Batches(IterableDataset[dict[str, Tensor]]):
                 used, number = 0, 0
                 while True:
                     while len(waiting) < 12:
-                        waiting.append(encoder.encode(*random_dialogue(rng)))
+                        waiting.append(encoder.encode(*self.draw(rng)))
                     fitting = [i for i, (tokens, _) in enumerate(waiting) if len(tokens) <= self.row - used]
                     if not fitting:
                         waiting = [item for item in waiting if len(item[0]) <= self.row]
@@ -206,14 +211,14 @@ def loss_of(model: Gemma4ForCausalLM, hidden: Tensor, batch: dict[str, Tensor]) 
     return F.cross_entropy(torch.tanh(logits / cap) * cap, batch["ids"][:, 1:][wanted])
 
 
-def optimizer_of(model: Gemma4ForCausalLM, peak: float) -> torch.optim.Optimizer:
+def optimizer_of(model: Gemma4ForCausalLM, peak: float, table_factor: float) -> torch.optim.Optimizer:
     """AdamW; matrices decay, norms do not; embeddings learn at their own rate."""
     tables = [p for n, p in model.named_parameters() if "embed" in n]
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     vectors = [p for n, p in model.named_parameters() if p.ndim < 2]
     groups = [
         {"params": matrices, "peak": peak, "weight_decay": 0.1},
-        {"params": tables, "peak": peak, "weight_decay": 0.01},
+        {"params": tables, "peak": peak * table_factor, "weight_decay": 0.01},
         {"params": vectors, "peak": peak, "weight_decay": 0.0},
     ]
     fused = next(model.parameters()).is_cuda
@@ -228,8 +233,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     if args.init:
         load_weights(model, args.init)
     model.to(device)
-    optimizer = optimizer_of(model, args.learning_rate)
-    batches = Batches(args.tokenizer, args.seed, args.rows, args.row)
+    optimizer = optimizer_of(model, args.learning_rate, args.table_factor)
+    batches = Batches(args.tokenizer, args.seed, args.rows, args.row, STAGES[args.stage])
     loader = DataLoader(batches, batch_size=None, num_workers=args.workers, pin_memory=device == "cuda")
     step_layer = torch.compile(layer_step, dynamic=False) if args.compile else layer_step
     rounded = RoundedWeights(model)
@@ -270,6 +275,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         "steps": tokens // (args.rows * args.row),
         "tokens": tokens,
         "seed": args.seed,
+        "stage": args.stage,
         "init": args.init.name if args.init else None,
         "learning_rate": args.learning_rate,
         "batch_tokens": args.rows * args.row,
@@ -296,8 +302,12 @@ def main() -> None:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--max-seconds", type=float, default=1e9)
     parser.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
+    parser.add_argument("--stage", choices=STAGES, default="all", help="which dialogues: see corpus.py")
     parser.add_argument("--seed", type=int, default=20)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument(
+        "--table-factor", type=float, default=1.0, help="embedding tables' rate over the rest's"
+    )
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--row", type=int, default=ROW)
     parser.add_argument("--workers", type=int, default=14)
