@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 Author = Literal["model", "computed", "mixed"]
 ATTEMPTS = 2
 RETRY_TEMPERATURE = 0.5
-MAX_NAMED_PROBLEMS = 6
+MAX_NAMED_PROBLEMS, MAX_PROBLEM_CHARS = 6, 200
 
 
 class AskError(Exception):
@@ -131,7 +131,7 @@ def _summarize_group(window: Window, ask: Ask) -> Report:
         log.warning(
             "answer %d of %d is refused: %s", attempt, ATTEMPTS, "; ".join(problems[:MAX_NAMED_PROBLEMS])
         )
-        messages = retry_messages(window, text, problems)
+        messages = retry_messages(window, problems)
     return computed(window, ATTEMPTS)
 
 
@@ -144,11 +144,11 @@ def _problems(window: Window, text: str) -> Summary | list[str]:
     return untrue(window, summary) or summary
 
 
-def retry_messages(window: Window, text: str, problems: list[str]) -> list[dict[str, Any]]:
-    """The question again, the refused answer, and what was wrong with it."""
-    named = "\n".join(f"- {problem}" for problem in problems[:MAX_NAMED_PROBLEMS])
-    return [
-        *summary_messages(window),
-        {"role": "assistant", "content": text[:4000]},
-        {"role": "user", "content": f"Not true:\n{named}\nAnswer again with one corrected JSON object."},
-    ]
+def retry_messages(window: Window, problems: list[str]) -> list[dict[str, Any]]:
+    """The same question, with what was wrong with the refused answer named in the system message.
+
+    One turn, as the first time: small models answer that better than a second turn about their own mistake.
+    """
+    system, question = summary_messages(window)
+    named = "; ".join(problem[:MAX_PROBLEM_CHARS] for problem in problems[:MAX_NAMED_PROBLEMS])
+    return [system | {"content": f"{system['content']} An earlier answer was refused: {named}."}, question]
