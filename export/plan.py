@@ -148,9 +148,23 @@ def _predict(
         weights_bytes=in_memory,
         mapped_bytes=sum(weight.size_bytes for weight in tables) + _rope_bytes(model, caches.context),
         kv_bytes=caches.size_bytes,
-        overhead_bytes=PROCESS_BYTES + _activation_bytes(model, profile.prefill_chunk, caches.context),
+        overhead_bytes=PROCESS_BYTES
+        + _activation_bytes(model, profile.prefill_chunk, caches.context)
+        + _cache_copy_bytes(caches, profile.execution_provider),
         read_per_token_bytes=in_memory + sum(weight.size_bytes // weight.shape[0] for weight in tables),
     )
+
+
+def _cache_copy_bytes(caches: Caches, provider: str) -> int:
+    """Copies of caches that the CPU operators make in a step (docs/decisions.md).
+
+    Of int8 for each reading layer in turn; of float16 as float32 around a layer, and kept for the two
+    source layers.
+    """
+    if provider != "cpu" or caches.dtype == "float32":
+        return 0
+    values = sorted(2 * cache.kv_heads * cache.capacity * cache.head_dim for cache in caches.layers)
+    return values[-1] if caches.dtype == "int8" else 4 * (values[-1] + sum(values[-2:]))
 
 
 def _rope_bytes(model: TextModel, context: int) -> int:

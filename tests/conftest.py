@@ -1,8 +1,10 @@
-"""What several test files share: tiny bundles, exported once per session."""
+"""What several test files share: tiny bundles, exported once per session, and traces, made once per shape."""
 
 from __future__ import annotations
 
+import functools
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -23,3 +25,25 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
         return made[key]
 
     return get
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Tracing is most of a tiny export: each shape is traced once, and every export gets a copy."""
+    module = sys.modules.get("gemma_edge.export.bundle")
+    if module is not None:
+        module.trace_decoder = _once_per_shape(module.trace_decoder)
+        module.trace_embeddings = _once_per_shape(module.trace_embeddings)
+
+
+def _once_per_shape(trace: Callable[..., Any]) -> Callable[..., Any]:
+    traces: dict[str, Any] = {}
+
+    @functools.wraps(trace)
+    def traced(*shape: Any) -> Any:
+        key = repr(shape)
+        if key not in traces:
+            traces[key] = trace(*shape)
+        first = traces[key]
+        return type(first)(first.graph.clone(), first.makers)
+
+    return traced

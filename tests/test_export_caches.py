@@ -17,8 +17,8 @@ from .support.tiny_checkpoint import write_tiny_checkpoint
 
 S, F = "sliding_attention", "full_attention"
 MODELS = {
-    "last source full": dict(num_hidden_layers=6, layer_types=[S, S, F] * 2, num_kv_shared_layers=3),
-    "last source sliding": dict(num_hidden_layers=5, layer_types=[S, F, S, S, F], num_kv_shared_layers=2),
+    "last source full": dict(num_hidden_layers=4, layer_types=[S, F] * 2, num_kv_shared_layers=2),
+    "last source sliding": dict(num_hidden_layers=4, layer_types=[F, S, S, F], num_kv_shared_layers=2),
 }
 IDS = np.random.default_rng(0).integers(300, 500, 70).tolist()
 

@@ -1,4 +1,4 @@
-"""Exported graphs against transformers: logits, greedy tokens, chunked prefill, prefill skip; 12 shapes."""
+"""Exported graphs against transformers: logits, greedy tokens, chunked prefill, prefill skip; nine shapes."""
 
 from __future__ import annotations
 
@@ -22,16 +22,21 @@ SWAPPED_ROPE = {
 # name -> (text config, slack of the sliding caches)
 SHAPES: dict[str, tuple[dict[str, Any], int]] = {
     "e2b": (dict(), 4),
-    "no slack": (dict(num_hidden_layers=6, layer_types=[S, S, F] * 2, num_kv_shared_layers=3), 0),
-    "nothing shared": (
-        dict(num_hidden_layers=4, layer_types=[S, F] * 2, num_kv_shared_layers=0, num_key_value_heads=2),
-        3,
+    "nothing shared, own head": (
+        dict(
+            num_hidden_layers=4,
+            layer_types=[S, F] * 2,
+            num_kv_shared_layers=0,
+            num_key_value_heads=2,
+            tie_word_embeddings=False,
+        ),
+        0,
     ),
     "last source sliding": (
         dict(
-            num_hidden_layers=8,
-            layer_types=[S, S, S, F] * 2,
-            num_kv_shared_layers=3,
+            num_hidden_layers=5,
+            layer_types=[F, S, S, S, F],
+            num_kv_shared_layers=2,
             num_key_value_heads=2,
             use_double_wide_mlp=False,
         ),
@@ -54,8 +59,8 @@ SHAPES: dict[str, tuple[dict[str, Any], int]] = {
     ),
     "values are keys": (
         dict(
-            num_hidden_layers=5,
-            layer_types=[S, F, S, S, F],
+            num_hidden_layers=4,
+            layer_types=[S, F] * 2,
             num_kv_shared_layers=1,
             num_key_value_heads=2,
             num_global_key_value_heads=1,
@@ -65,23 +70,16 @@ SHAPES: dict[str, tuple[dict[str, Any], int]] = {
     ),
     "all full": (dict(num_hidden_layers=3, layer_types=[F] * 3, num_kv_shared_layers=1), 4),
     "one layer": (dict(num_hidden_layers=1, layer_types=[F], num_kv_shared_layers=0), 4),
-    "window beyond the context": (
-        dict(num_hidden_layers=4, layer_types=[S, F] * 2, num_kv_shared_layers=2, sliding_window=200),
-        8,
-    ),
-    "swapped rope": (
+    "window beyond the context, swapped rope": (
         dict(
             num_hidden_layers=4,
             layer_types=[S, F] * 2,
             num_kv_shared_layers=2,
+            sliding_window=200,
             rope_parameters=SWAPPED_ROPE,
             head_dim=32,
         ),
-        4,
-    ),
-    "own head": (
-        dict(num_hidden_layers=2, layer_types=[S, F], num_kv_shared_layers=0, tie_word_embeddings=False),
-        1,
+        8,
     ),
 }
 

@@ -107,7 +107,7 @@ def read_step(
 
 
 def _resident(constants: Constants, total: Tensor, capacity: Tensor, window: int) -> Tensor:
-    """Rows in use of a window-sized cache: T up to its capacity C, else T - G ceil((T - C) / G), G = C - W + 1.
+    """Rows in use of a window-sized cache: T up to its capacity C, else T - G ceil((T-C) / G), G = C - W + 1.
 
     GroupQueryAttention evicts G positions at a time; see its `sliding_window_cache` attribute.
     """

@@ -27,9 +27,10 @@ SPECIAL_TOKENS = [
     *("<|image>", "<|audio>", "<|image|>", "<|audio|>", "<image|>", "<audio|>"),
 ]
 WORDS = (
-    "temperature humidity pressure sensor kitchen garden window door light turn on off set the a is are was at "
-    "to of in and not above below limit high low rising falling steady degrees percent minutes hours today value "
-    "minimum maximum mean last what which how much summary title severity anomalies actions system user model thought"
+    "temperature humidity pressure sensor kitchen garden window door light turn on off set the a is are was "
+    "at to of in and not above below limit high low rising falling steady degrees percent minutes hours "
+    "today value minimum maximum mean last what which how much summary title severity anomalies actions "
+    "system user model thought"
 ).split()
 
 CHAT_TEMPLATE = """\
