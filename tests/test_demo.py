@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,10 +29,8 @@ DEMO = [sys.executable, "-m", "gemma_edge.examples.sensor_summary.demo"]
 def test_the_demo_with_the_bundled_model(nano_bundle: Any) -> None:
     """Broker, daemon, application and replay: every window is summarised by the model, and truly."""
     path = str(getattr(nano_bundle, "path", nano_bundle))
-    began_s = time.monotonic()
     done = subprocess.run([*DEMO, path], capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert time.monotonic() - began_s < 120
     assert re.search(r"[2-4] of 4 summaries by the model", done.stdout), done.stdout
     assert "4 of 4 true: passed" in done.stdout
     for told in ("00:00–06:00", "06:00–12:00", "12:00–18:00", "18:00–00:00", "tank/level", "urgent"):

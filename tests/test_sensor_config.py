@@ -11,6 +11,7 @@ import yaml
 from gemma_edge.examples.sensor_summary.__main__ import main
 from gemma_edge.examples.sensor_summary.config import (
     Config,
+    Source,
     duration_s,
     load_config,
     minute_of_day,
@@ -148,8 +149,8 @@ def test_overrides_replace_single_settings(tmp_path: Path) -> None:
     summary = load_config(write(tmp_path, data)).summaries[0]
     spec = sensor_spec("k/t", summary.sources[0], "", summary.overrides["k/t"])
     assert (spec.low, spec.high, spec.unit, spec.max_silence_s, spec.quantity) == (None, 7, "bar", 3600, "t")
-    spec = sensor_spec("j/soil_moisture", summary.sources[0], "", None)
-    assert (spec.low, spec.high, spec.quantity) == (1, 9, "soil moisture")
+    spec = sensor_spec("j/soil_moisture", Source(topic="a/#"), "", None)
+    assert (spec.low, spec.high, spec.quantity) == (None, None, "soil moisture")
 
 
 def test_the_command_checks_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

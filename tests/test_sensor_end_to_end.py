@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import queue
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -33,6 +35,7 @@ from .support.scripted_daemon import small_tokenizer
 LOG = HERE / "greenhouse-day.jsonl.gz"
 TOPICS = Topics("gemma-edge", "test")
 CLOCK = "gemma-edge/test/clock"
+EVE = b"2026-03-13T23:59:59+01:00"  # a moment before the recorded day
 
 
 def config_for(port: int, **daemon: Any) -> Config:
@@ -291,6 +294,59 @@ def test_a_window_that_does_not_fit_is_halved(
     assert len(serving.engine.prompts) == len(parts), "the whole window never reached the model"
     assert report["generated_by"] == "model"
     assert check_report(report, expected[0]) == []
+
+
+COUNTED = """
+broker: mqtt://127.0.0.1:{port}
+daemon: {{node: test, patience: 20s, max_tokens: 4000}}
+summaries:
+  - name: bench
+    site: house
+    window: {{readings: 6}}
+    sources: [{{topic: house/+/t, unit: °C, high: 30}}]
+"""
+
+
+def test_a_window_of_so_many_readings_by_the_real_clock(tmp_path: Path, broker: Mosquitto) -> None:
+    """The command itself: every six readings make a window; SIGTERM ends it."""
+    (tmp_path / "config.yaml").write_text(COUNTED.format(port=broker.port))
+    config = load_config(tmp_path / "config.yaml")
+    arrived: queue.Queue[Message] = queue.Queue()
+    command = [sys.executable, "-m", "gemma_edge.examples.sensor_summary", str(tmp_path / "config.yaml")]
+    with (
+        answering_daemon(tmp_path, broker.port, TOPICS, ["no summary"]) as serving,
+        Connection(config.broker_address, ["gemma-edge/test/summary/+"], arrived.put) as connection,
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process,
+    ):
+        assert process.stderr is not None
+        assert any("connected to" in line for line in process.stderr)
+        for value in range(20, 32):
+            connection.publish(f"house/{'hall' if value % 2 else 'attic'}/t", str(value).encode(), wait_s=5)
+        reports = [json.loads(arrived.get(timeout=30).payload) for _ in range(2)]
+        process.terminate()
+        assert process.wait(timeout=20) == 0
+    assert [report["severity"] for report in reports] == [0, 2]
+    assert "attic (t, °C): 3 readings, min 20.0, max 24.0" in serving.engine.prompts[0]
+    assert "hall (t, °C): 3 readings, min 27.0, max 31.0" in serving.engine.prompts[2]
+    assert reports[1]["anomalies"][0]["detail"].startswith("worst 31.0 °C, limit 30.0 °C, since")
+
+
+def test_the_broker_may_go_and_come_back(tmp_path: Path, broker: Mosquitto, expected: list[Window]) -> None:
+    config = config_for(broker.port, patience="60s")
+    with running(config) as (app, arrived):
+        broker.kill()
+        time.sleep(0.5)
+        broker.start()
+        with (
+            answering_daemon(tmp_path, broker.port, TOPICS, [answer_for(expected[0])]),
+            Connection(config.broker_address, [], lambda _: None) as connection,
+        ):
+            # Both ends come back by themselves: the clock is heard again.
+            wait_until(lambda: connection.publish(CLOCK, EVE, wait_s=5) and app._now_s is not None)
+            # The subscriber's own connection may still be away.
+            time.sleep(2.5)
+            publish_log(config, hours=6)
+            assert arrived.get(timeout=30)["generated_by"] == "model"
 
 
 def test_odd_messages_do_no_harm(tmp_path: Path, broker: Mosquitto, expected: list[Window]) -> None:

@@ -199,10 +199,10 @@ def test_the_last_so_many_readings_of_all_sensors() -> None:
     collector = make(Source(topic="+"), window=CountWindow(readings=4))
     for second in range(10):
         collector.add("a" if second % 2 else "b", str(second).encode(), now_s=second)
-    assert collector.new_readings(0) == 10
+    assert collector.new_readings(0) == (10, 9)
     snapshot = collector.snapshot(0, end_s=9.5, start_s=None)
     assert sorted(r.value for s in snapshot.sensors for r in s.readings) == [6, 7, 8, 9]
-    assert (snapshot.start_s, collector.new_readings(0)) == (6, 0)
+    assert (snapshot.start_s, collector.new_readings(0)[0]) == (6, 0)
 
 
 def test_too_many_readings_drop_the_oldest_and_say_so(caplog: pytest.LogCaptureFixture) -> None:

@@ -142,9 +142,10 @@ class App:
         for index, summary in enumerate(self.config.summaries):
             if summary.schedule is None and not isinstance(summary.window, str):
                 with self._timer_lock:
-                    if self.collector.new_readings(index) >= summary.window.readings:
+                    count, newest_s = self.collector.new_readings(index)
+                    if count >= summary.window.readings:
                         # The reading that fills the window belongs to it.
-                        self._close(index, now_s + 0.001, None)
+                        self._close(index, max(now_s, newest_s) + 0.001, None)
 
     def _close(self, index: int, end_s: float, start_s: float | None) -> None:
         closed = Closed(index, self.collector.snapshot(index, end_s, start_s))

@@ -97,10 +97,10 @@ class Collector:
         with self._lock:
             return self._kept[index].snapshot(end_s, start_s)
 
-    def new_readings(self, index: int) -> int:
-        """Readings of the index-th summary since its last snapshot."""
+    def new_readings(self, index: int) -> tuple[int, float]:
+        """(readings since the last snapshot, time of the newest reading) of the index-th summary."""
         with self._lock:
-            return self._kept[index].new
+            return self._kept[index].new, self._kept[index].newest_s
 
     @property
     def bad_payloads(self) -> int:
@@ -155,7 +155,8 @@ class _Kept:
     def __init__(self, summary: SummaryConfig, zone: tzinfo | None) -> None:
         self.summary = summary
         self.series: dict[str, _Series] = {}
-        self.new = 0
+        self.new = 0  # readings since the last snapshot
+        self.newest_s = 0.0
         self._full_logged = False
         for source in summary.sources:
             known = list(source.expect) or ([] if topics.has_wildcard(source.topic) else [source.topic])
@@ -172,6 +173,7 @@ class _Kept:
         if series is None or not series.put(item.time_s, item.value):
             return 0
         self.new += 1
+        self.newest_s = max(self.newest_s, item.time_s)
         return 1
 
     def snapshot(self, end_s: float, start_s: float | None) -> Snapshot:

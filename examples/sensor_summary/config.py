@@ -39,7 +39,7 @@ class SensorSettings(Struct, frozen=True, kw_only=True):
     """How one sensor's values are named, shown and judged."""
 
     name: str | None = None  # template; None: the topic levels that wildcards stand for, and the field
-    quantity: str | None = None  # "air temperature"; None: the field or the name's last level
+    quantity: str | None = None  # "air temperature"; None: the field, or the topic's last level
     unit: str = ""
     decimals: Decimals = 1  # readings are rounded to this many digits
     low: float | None = None
@@ -201,7 +201,9 @@ def check_config(config: Config, where: str) -> None:
 
 def sensor_spec(name: str, settings: SensorSettings, field: str, override: Override | None) -> SensorSpec:
     """The settings of the sensor called `name`, read from `field` (empty: the whole payload)."""
-    spoken = (field or name).rsplit(".", 1)[-1].rsplit("/", 1)[-1].replace("_", " ").lower()
+    fixed = settings.topic.rsplit("/", 1)[-1] if isinstance(settings, Source) else "+"
+    spoken = field or (name if topics.has_wildcard(fixed) else fixed)
+    spoken = spoken.rsplit(".", 1)[-1].rsplit("/", 1)[-1].replace("_", " ").lower()
     merged: dict[str, Any] = {
         "quantity": settings.quantity or spoken,
         **{key: getattr(settings, key) for key in _SPEC_KEYS},

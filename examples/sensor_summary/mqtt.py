@@ -6,6 +6,7 @@ runs every callback; any other thread may publish or ask.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import queue
@@ -146,17 +147,24 @@ class Connection:
             client.username_pw_set(self.broker.username, self.broker.password)
         if self.broker.tls:
             client.tls_set(ca_certs=self._ca_file)
-        outcome: queue.Queue[str | None] = queue.Queue()
+        outcome: queue.Queue[str | None] = queue.Queue(1)
+
+        def settle(problem: str | None) -> None:
+            """The first outcome counts; later ones are of reconnections, which paho sees to."""
+            with contextlib.suppress(queue.Full):
+                outcome.put_nowait(problem)
+            if problem is not None and self._client is client:
+                log.warning("%s: %s", self.broker, problem)
 
         def on_connect(
             _client: Client, _data: Any, _flags: Any, reason: ReasonCode, _properties: Any
         ) -> None:
             if reason.is_failure:
-                outcome.put(str(reason))
+                settle(str(reason))
             elif self.subscriptions:
                 client.subscribe([(topic, 1) for topic in self.subscriptions])
             else:
-                outcome.put(None)
+                settle(None)
 
         def on_subscribe(
             _client: Client, _data: Any, _mid: int, reasons: list[ReasonCode], _properties: Any
@@ -164,14 +172,13 @@ class Connection:
             refused = [t for t, reason in zip(self.subscriptions, reasons, strict=False) if reason.is_failure]
             if refused:
                 log.error("%s refuses the subscription to %s", self.broker, ", ".join(refused))
-            outcome.put(None)
+            settle(None)
 
         def on_disconnect(
             _client: Client, _data: Any, _flags: Any, reason: ReasonCode, _properties: Any
         ) -> None:
-            if reason.is_failure and self._client is client:
-                log.warning("%s: the connection ended (%s)", self.broker, reason)
-            outcome.put(f"the connection ended ({reason})")
+            if reason.is_failure:
+                settle(f"the connection ended ({reason})")
 
         client.on_connect, client.on_subscribe, client.on_disconnect = on_connect, on_subscribe, on_disconnect
         client.on_message = self._receive
