@@ -100,6 +100,7 @@ def prepare(job: Job) -> Prepared:
         if not (job.source.folder / name).is_file():
             raise ExportError(f"{job.source.folder / name}: no such file; the checkpoint is not complete")
     _check_destination(job.out, job.force)
+    _check_space(job.out, plan.file_bytes)
     folder = job.source.folder
     return Prepared(job, model, plan, checkpoint, _read_tokens(folder), _read_template(folder))
 
@@ -113,6 +114,7 @@ def write_bundle(prepared: Prepared, progress: Progress = lambda name, weights: 
         genai.write_text_graph(folder / "embeddings.onnx", folder / "decoder.onnx", folder / genai.GRAPH)
         genai.write_genai_config(folder / genai.CONFIG, prepared.model, prepared.plan.caches, prepared.tokens)
         _copy_files(prepared, folder)
+        progress("hashing", 0)
         manifest = _manifest(prepared, stored, folder)
         (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
     return manifest
@@ -170,32 +172,43 @@ def _manifest(prepared: Prepared, stored: dict[str, StoredWeight], folder: Path)
 
 def _read_tokens(folder: Path) -> Tokens:
     """Token ids from generation_config.json, else from config.json."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    found: dict[str, Any] = dict(config.get("text_config") or {}) | config
-    generation = folder / "generation_config.json"
-    if generation.is_file():
-        found |= json.loads(generation.read_text(encoding="utf-8"))
-    eos = found.get("eos_token_id")
-    if eos is None or found.get("bos_token_id") is None:
+    config = _read_json(folder / "config.json")
+    found: dict[str, Any] = {}
+    for source in (config.get("text_config") or {}, config, _read_json(folder / "generation_config.json")):
+        found |= {name: value for name, value in source.items() if value is not None}
+    if "eos_token_id" not in found or "bos_token_id" not in found:
         raise ExportError(
             f"{folder}: neither generation_config.json nor config.json says bos_token_id and eos_token_id"
         )
+    eos = found["eos_token_id"]
     return Tokens(
         bos=found["bos_token_id"],
-        pad=found.get("pad_token_id") or 0,
+        pad=found.get("pad_token_id", 0),
         eos=tuple(eos) if isinstance(eos, list) else (eos,),
     )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in `path`, empty if there is no such file."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as cause:
+        raise ExportError(f"{path}: not valid JSON ({cause}); download it again") from cause
+    if not isinstance(data, dict):
+        raise ExportError(f"{path}: expected a JSON object; download it again")
+    return data
 
 
 def _read_template(folder: Path) -> str:
     """The chat template: a file of its own, or part of the tokenizer's settings."""
     if (folder / TEMPLATE).is_file():
         return (folder / TEMPLATE).read_text(encoding="utf-8")
-    settings = folder / "tokenizer_config.json"
-    data = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-    if not isinstance(data.get("chat_template"), str):
+    template = _read_json(folder / "tokenizer_config.json").get("chat_template")
+    if not isinstance(template, str):
         raise ExportError(f"{folder}: no {TEMPLATE}; a bundle needs the checkpoint's chat template")
-    return data["chat_template"]
+    return template
 
 
 def _copy_files(prepared: Prepared, folder: Path) -> None:
@@ -220,6 +233,16 @@ def _check_destination(out: Path, force: bool) -> None:
         raise ExportError(f"{out}: a bundle is already there; --force replaces it, --out writes elsewhere")
 
 
+def _check_space(out: Path, needed_bytes: int) -> None:
+    place = next(parent for parent in out.absolute().parents if parent.exists())
+    free_bytes = shutil.disk_usage(place).free
+    if free_bytes < needed_bytes:
+        raise ExportError(
+            f"{out}: the bundle needs {needed_bytes >> 20} MiB, the disk has {free_bytes >> 20} MiB left; "
+            "choose another --out"
+        )
+
+
 @contextlib.contextmanager
 def _written_aside(out: Path, force: bool) -> Iterator[Path]:
     """A folder beside `out` that takes its name if all goes well, and vanishes if not."""
@@ -235,7 +258,7 @@ def _written_aside(out: Path, force: bool) -> Iterator[Path]:
                 f"{partial}: another export is writing there; wait for it or choose another --out"
             ) from cause
         try:
-            for left in partial.iterdir():  # of an export that was killed
+            for left in partial.iterdir():  # by an export that was killed
                 left.unlink()
             yield partial
             for path in partial.iterdir():
@@ -243,8 +266,10 @@ def _written_aside(out: Path, force: bool) -> Iterator[Path]:
             _sync(partial)
             _check_destination(out, force)
             _take_place(partial, out)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise ExportError(f"{out}: cannot be written ({error}); choose another --out") from error
             raise
     finally:
         os.close(lock)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 
 from ..runtime.bundle import Caches, KvDtype, Memory
-from ..runtime.errors import GemmaEdgeError
+from ..runtime.errors import ConfigError, GemmaEdgeError
 from ..runtime.profile import DeviceProfile
 from .geometry import TextModel, plan_caches
 from .modules import ops
 from .modules.decoder import Decoder
 from .modules.embeddings import Embeddings
-from .recipes import Recipe, Storage, decide
+from .recipes import BLOCK_MIN, Recipe, Storage, decide
 
 DECODER_DATA = "decoder.onnx.data"
 EMBEDDINGS_DATA = "embeddings.onnx.data"
@@ -74,6 +74,11 @@ class Plan:
     head: str  # the weight that the head multiplies with: its own, or the token table's
 
     @property
+    def file_bytes(self) -> int:
+        """Size of the data files, but for alignment."""
+        return sum(weight.size_bytes for weight in self.weights)
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor the checkpoint must have."""
         return {weight.name: weight.shape for weight in self.weights} | self.small
@@ -129,7 +134,19 @@ def _weights(
                     weights.append(PlannedWeight(name, shape, storage, file, isinstance(part, ops.Table)))
                 else:
                     small[name] = shape
+    for weight in weights:
+        _refuse_padded_table(weight)
     return tuple(weights), small
+
+
+def _refuse_padded_table(weight: PlannedWeight) -> None:
+    """MatMulNBits takes a padded last block, GatherBlockQuantized does not."""
+    width, block = weight.shape[1], weight.storage.block
+    if weight.is_table and block and width % block:
+        raise ConfigError(
+            f"{weight.name} has rows of {width} values, but a table is quantized in whole blocks; "
+            f"expected a multiple of {BLOCK_MIN}, or a recipe with a rule of 32 bits for it"
+        )
 
 
 def _predict(

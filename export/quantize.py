@@ -89,32 +89,33 @@ def _nearest_scales(blocks: np.ndarray, bits: int) -> np.ndarray:
 def _searched_scales(blocks: np.ndarray, bits: int) -> np.ndarray:
     """The scales with the least squared error among candidates of both signs.
 
-    For given levels q the best scale is <w, q> / <q, q>, and the error is then |w|^2 - <w, q>^2 / <q, q>:
-    each candidate scale proposes levels, is refined to their best scale, and the largest gain wins. There is
-    one more level below zero than above, so the sign of the scale decides which side of a block gets it.
+    Each candidate scale proposes levels q, is refined to the best scale for those, <w, q> / <q, q>, and judged
+    by the error with it. There is one more level below zero than above, so the sign of the scale decides which
+    side of a block gets it.
     """
     zero = 2 ** (bits - 1)
     largest = blocks[np.arange(len(blocks)), np.abs(blocks).argmax(axis=1)]
     best_scale = _nearest_scales(blocks, bits)
-    best_gain = _gain(blocks, _round(blocks, best_scale, zero), best_scale)
+    best_error = _squared_error(blocks, best_scale, zero)
     for sign in (-1, 1):
         for fraction in SEARCH_RANGES:
             levels = _round(blocks, largest / np.float32(sign * zero * fraction), zero)
             product = np.einsum("ij,ij->i", blocks, levels)
             length = np.einsum("ij,ij->i", levels, levels)
             scale = np.divide(product, length, out=np.zeros_like(product), where=length > 0)
-            gain = _gain(blocks, _round(blocks, scale, zero), scale)
-            better = gain > best_gain
+            error = _squared_error(blocks, scale, zero)
+            better = error < best_error
             best_scale = np.where(better, scale, best_scale)
-            best_gain = np.where(better, gain, best_gain)
+            best_error = np.where(better, error, best_error)
     return best_scale
 
 
-def _gain(blocks: np.ndarray, levels: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """|w|^2 - |w - q * scale|^2 of each block."""
-    product = np.einsum("ij,ij->i", blocks, levels)
-    length = np.einsum("ij,ij->i", levels, levels)
-    return scales * (2 * product - scales * length)
+def _squared_error(blocks: np.ndarray, scales: np.ndarray, zero: int) -> np.ndarray:
+    """|w - q * scale|^2 of each block, q the nearest levels."""
+    left = _round(blocks, scales, zero)
+    left *= scales[:, None]
+    np.subtract(blocks, left, out=left)
+    return np.einsum("ij,ij->i", left, left)
 
 
 def _round(blocks: np.ndarray, scales: np.ndarray, zero: int) -> np.ndarray:

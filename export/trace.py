@@ -26,9 +26,7 @@ from .modules.decoder import Decoder
 from .modules.embeddings import Embeddings
 
 OPSET = 23
-TENSOR_SCATTER_OPSET = (
-    24  # the first with TensorScatter; torch writes at most 23, and nothing used here changed
-)
+TENSOR_SCATTER_OPSET = 24  # the first with TensorScatter; torch writes 23 at most, nothing else used changed
 IR_VERSION = 11
 KEEP = "logits_to_keep"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,10 +117,17 @@ def test_a_failed_export_leaves_nothing_and_the_old_bundle(checkpoint: Path, tmp
 
     monkeypatch.setattr(export_bundle.genai, "write_genai_config", fail)
     for target in (out, tmp_path / "new"):
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(ExportError, match=r"cannot be written .*No space left"):
             write_bundle(prepare_tiny(checkpoint, target, force=True))
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     assert {path.name: sha256_file(path) for path in out.iterdir()} == before
+
+
+def test_a_full_disk_is_found_before_the_work(checkpoint: Path, tmp_path: Path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
+    monkeypatch.setattr(export_bundle.shutil, "disk_usage", lambda place: usage)
+    with pytest.raises(ExportError, match=r"needs \d+ MiB, the disk has 0 MiB left"):
+        prepare_tiny(checkpoint, tmp_path / "not" / "yet" / "bundle")
 
 
 def test_a_tokenizer_of_another_kind_leaves_nothing(tmp_path: Path):

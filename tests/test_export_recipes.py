@@ -10,7 +10,8 @@ import pytest
 from gemma_edge.export.recipes import Storage, decide, load_recipe, recipes_folder
 from gemma_edge.runtime.errors import ConfigError
 
-from .support.tiny_bundles import tiny_profile
+from .support.tiny_bundles import prepare_tiny, tiny_profile
+from .support.tiny_checkpoint import write_tiny_checkpoint
 
 
 def write_recipe(folder: Path, rules: str) -> str:
@@ -58,6 +59,28 @@ def test_the_first_rule_that_matches_decides(tmp_path: Path):
 def test_mistakes_are_named(tmp_path: Path, rules: str, named: str):
     with pytest.raises(ConfigError, match=re.escape(named)):
         load_recipe(write_recipe(tmp_path, rules))
+
+
+def test_tables_are_quantized_in_whole_blocks_only(tmp_path: Path):
+    """A row that would need padding: products can, tables cannot."""
+    checkpoint = write_tiny_checkpoint(
+        tmp_path / "checkpoint",
+        hidden_size=40,
+        num_hidden_layers=1,
+        layer_types=["full_attention"],
+        num_kv_shared_layers=0,
+    )
+    with pytest.raises(ConfigError, match=r"embed_tokens\.weight has rows of 40 values.*multiple of 16"):
+        prepare_tiny(checkpoint, tmp_path / "out", recipe="int4")
+    mixed = write_recipe(
+        tmp_path,
+        '  - {weights: "embed_tokens.weight", bits: 32, method: float}\n'
+        '  - {weights: "*", bits: 4, method: search}\n',
+    )
+    plan = prepare_tiny(checkpoint, tmp_path / "out", recipe=mixed).plan
+    stored = {weight.name: (weight.storage.block, weight.row_bytes) for weight in plan.weights}
+    assert stored["layers.0.mlp.up_proj.weight"] == (16, 24)  # three blocks of 16, the last padded
+    assert stored["embed_tokens.weight"] == (0, 160)
 
 
 def test_a_weight_without_a_rule_and_an_unknown_recipe_are_named(tmp_path: Path):
