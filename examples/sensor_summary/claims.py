@@ -100,42 +100,62 @@ _NORMAL = re.compile(
     r"|\bwithin (?:(?:its|the|their|all|normal|set|given|allowed|expected) )*(?:limits?|ranges?|bounds)\b",
     re.IGNORECASE,
 )
+_GOOD = r"(?:normal(?:ly)?|within (?:\w+ )*?(?:limits?|ranges?|bounds)|fine|ok|okay)"
+# Said of everything, even where a sensor is named beside it.
+_ALL_SENSORS_NORMAL = re.compile(
+    rf"\b(?:(?:all|every|each)(?: of)?(?: the)?(?: \w+)? (?:sensors?|systems?)|everything)\b"
+    rf"[^.;]*?\b{_GOOD}\b",
+    re.IGNORECASE,
+)
 _ALL_NORMAL = re.compile(
-    r"\b(?:all|every|each|everything)\b[^.;]*?"
-    r"\b(?:normal(?:ly)?|within (?:\w+ )*?(?:limits?|ranges?|bounds)|fine|ok|okay)\b"
-    r"|\bno (?:\w+ )?(?:anomal\w+|problems?|issues?|alarms?|alerts?|faults?)"
-    r" (?:was|were|is|are|have|has|detected|found|occurred|to)\b"
-    r"|\b(?:no anomal\w+|no problems|no issues)\W*$",
+    rf"\b(?:all|every|each)\b[^.;]*?\b{_GOOD}\b|:\s*normal\b|^\W*normal\b"
+    r"|\bnormal (?:conditions|operations?|state|window|period|day|readings)\b",
+    re.IGNORECASE,
+)
+_NO_TROUBLE = re.compile(
+    r"\bno (?:\w+ )?(?:anomal\w+|problems?|issues?|alarms?|alerts?|faults?)"
+    r"(?: (?:was|were|is|are|have|has|detected|found|occurred|to|at|on|with|in|during)\b|\W*$)",
     re.IGNORECASE,
 )
 
 
 def false_claims(
-    text: str, about: Sequence[SensorStats], *, named: bool, all_sensors: Sequence[SensorStats]
+    text: str, about: Sequence[SensorStats], *, scoped: bool, all_sensors: Sequence[SensorStats]
 ) -> Iterator[str]:
-    """What `text` claims of `about` that none of them bears out. `named`: the text itself names all of
-    `about`.
-    """
+    """What `text` claims of `about` that none of them bears out. `scoped`: it names them or their place."""
     for name, phrase, holds in _PHRASES:
         match = phrase.search(text)
-        if match and not _negated(text, match.start()) and not any(map(holds, about)):
+        if match and not _negated(text, match) and not any(map(holds, about)):
             yield f"{name} is not in the data"
     for name, phrase, kind in (("above", _PAST_HIGH, "above"), ("below", _PAST_LOW, "below")):
         match = phrase.search(text)
-        if match is None or _negated(text, match.start()) or _KEPT.search(text[: match.start()]):
+        if match is None or _negated(text, match) or _KEPT.search(text[: match.start()]):
             continue
         # "below its limit" is good news of a sensor that has an upper limit only.
         if not any(is_out(s, kind) or (s.low if kind == "below" else s.high) is None for s in about):
             yield f"{name} its limit is not in the data"
-    wrong = [s for s in all_sensors if s.excursions or is_silent(s)]
-    if wrong and (match := _ALL_NORMAL.search(text)) and not _negated(text, match.start()):
-        if not _OTHERS_ONLY.search(text):
-            yield "all normal is not in the data"
-    elif named and about and all(s in wrong for s in about) and not _CONTRAST.search(text):
-        match = _NORMAL.search(text)
-        if match and not _negated(text, match.start()):
-            yield "normal is not in the data"
+    yield from _false_comfort(text, about, scoped, all_sensors)
 
 
-def _negated(text: str, position: int) -> bool:
-    return bool(_NEGATION.search(text[:position]))
+def _false_comfort(
+    text: str, about: Sequence[SensorStats], scoped: bool, all_sensors: Sequence[SensorStats]
+) -> Iterator[str]:
+    """ "Normal", "no anomalies" and the like, said of what is not."""
+    wrong = [sensor for sensor in all_sensors if sensor.excursions or is_silent(sensor)]
+    others = _OTHERS_ONLY.search(text)
+    everything = (_ALL_SENSORS_NORMAL,) if scoped else (_ALL_SENSORS_NORMAL, _ALL_NORMAL, _NO_TROUBLE)
+    if wrong and not others and any(_said(phrase, text) for phrase in everything):
+        yield "all normal is not in the data"
+        return
+    all_wrong = scoped and all(s.excursions or is_silent(s) for s in about)
+    if all_wrong and not _CONTRAST.search(text) and (_said(_NORMAL, text) or _said(_NO_TROUBLE, text)):
+        yield "normal is not in the data"
+
+
+def _said(phrase: re.Pattern[str], text: str) -> bool:
+    match = phrase.search(text)
+    return match is not None and not _negated(text, match)
+
+
+def _negated(text: str, match: re.Match[str]) -> bool:
+    return bool(_NEGATION.search(text[: match.start()]))

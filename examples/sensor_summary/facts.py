@@ -117,8 +117,8 @@ class _Facts:
             yield from self._check_sentence(masked, scope)
             if claims:
                 stats = [self.sensors[name].sensor for name in scope] or list(self.window.sensors)
-                only = bool(scope) and not loose
-                yield from _about(scope, false_claims(masked, stats, named=only, all_sensors=self.calmest))
+                claimed = false_claims(masked, stats, scoped=bool(scope), all_sensors=self.calmest)
+                yield from _about(scope, claimed)
 
     def _check_sentence(self, text: str, scope: list[str]) -> Iterator[str]:
         about = [self.sensors[name] for name in scope] or list(self.sensors.values())
@@ -160,6 +160,8 @@ class _Facts:
                 *(self._counts(noun, about, "", "") for noun in _COUNTED.values())
             )
             return bool(token.values & everything) or any(facts.has(token.values) for facts in about)
+        if token.unit and _SHARE.match(after):
+            return False  # "60 % of the readings": no share is in the data
         if _is_duration(token) and token.values & self._lengths(token.unit):
             return True
         if token.per:
@@ -260,6 +262,10 @@ _COUNT_AFTER = re.compile(
     r"^(?:\s+(?:out\s+)?of\s+(?:the\s+|all\s+)?\d+)?"
     r"(?:[\s-]+(?!(?:and|or|to|from|at|in|on|but|while|with|for|by|since|until|is|was|were|are|as|than|after|before)\b)"
     rf"[^\W\d_]+){{0,2}}?[\s-]+({_NOUN})s?\b",
+    re.IGNORECASE,
+)
+_SHARE = re.compile(
+    r"\s+of\s+(?:the\s+|all\s+)?(?:time|readings?|sensors?|values?|measurements?|window|day|period)\b",
     re.IGNORECASE,
 )
 _COUNT_BEFORE = re.compile(rf"\b({_NOUN})s?\s*[:=(]\s*$", re.IGNORECASE)

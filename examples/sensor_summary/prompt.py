@@ -9,7 +9,8 @@ import msgspec
 from .window import Window, render_window
 
 SUMMARY_SYSTEM = (
-    "You summarize sensor data. Use only the names and numbers given. Answer with one JSON object: "
+    "You summarize sensor data. Use only the names and numbers given, names in single quotes. "
+    "Answer with one JSON object: "
     '{"title": short text, "summary": a few sentences, "severity": 0 normal, 1 attention, 2 urgent, '
     '"anomalies": [{"sensor": name, "kind": "above"|"below"|"silent", "detail": text}], "actions": [text]}. '
     "ABOVE, BELOW and SILENT mark anomalies; one that still goes on beyond a limit (since) is urgent."

@@ -70,8 +70,12 @@ def number(sensor: SensorStats, value: float) -> str:
 
 
 def render_window(window: Window) -> str:
-    """The user message: a head line, then one line for each sensor."""
-    head = f"Site {window.site}, {clock(window, window.start_s)} to {clock(window, window.end_s)}, " + (
+    """The user message: a head line, then one line for each sensor.
+
+    Names stand in quotes, as they will in the answer: a tokenizer cuts a word after a space differently, and
+    a small model copies tokens, not letters.
+    """
+    head = f"Site '{window.site}', {clock(window, window.start_s)} to {clock(window, window.end_s)}, " + (
         f"{len(window.sensors)} sensors:"
     )
     return "\n".join([head, *(render_sensor(window, sensor) for sensor in window.sensors)])
@@ -80,7 +84,7 @@ def render_window(window: Window) -> str:
 def render_sensor(window: Window, sensor: SensorStats) -> str:
     """One line: what was measured, its statistics, its limits, and what was wrong."""
     unit = f", {sensor.unit}" if sensor.unit else ""
-    parts = [f"- {sensor.name} ({sensor.quantity}{unit}): {sensor.count} readings"]
+    parts = [f"- '{sensor.name}' ({sensor.quantity}{unit}): {sensor.count} readings"]
     if sensor.count:
         for word, value in (
             ("min", sensor.minimum),
