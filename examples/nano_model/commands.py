@@ -55,13 +55,14 @@ def _room(rng: random.Random, held_out: bool) -> str:
     if kind < 0.25:
         return place(rng, held_out)
     if kind < 0.45:
-        return f"{invented_word(rng).lower()} {rng.choice(['room', 'hall', 'corner', 'wing', 'cellar'])}"
+        kind_of_room = rng.choice(["room", "hall", "corner", "wing", "cellar"])
+        return f"{invented_word(rng, held_out).lower()} {kind_of_room}"
     return rng.choice(_HELD_OUT_ROOMS if held_out else _ROOMS)
 
 
 def _device(rng: random.Random, held_out: bool) -> str:
     if rng.random() < 0.4:
-        return f"{invented_word(rng).lower()} {rng.choice(['pump', 'lamp', 'fan', 'plug'])}"
+        return f"{invented_word(rng, held_out).lower()} {rng.choice(['pump', 'lamp', 'fan', 'plug'])}"
     return rng.choice(_HELD_OUT_DEVICES if held_out else _DEVICES)
 
 
@@ -82,7 +83,7 @@ def _one_of(train: list[str], held_out_list: list[str], words: tuple[int, int]):
 
     def draw(rng: random.Random, held_out: bool) -> str:
         if rng.random() < 0.5:
-            return invented_text(rng, rng.randint(*words))
+            return invented_text(rng, rng.randint(*words), held_out)
         return rng.choice(held_out_list if held_out else train)
 
     return draw

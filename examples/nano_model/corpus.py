@@ -64,9 +64,9 @@ def random_dialogue(rng: random.Random) -> tuple[Messages, list[dict[str, Any]]]
 def names_dialogue(rng: random.Random) -> tuple[Messages, list[dict[str, Any]]]:
     """(messages, tools) of one dialogue of the second stage: many names to copy in little text."""
     kind = rng.random()
-    if kind < 0.4:
+    if kind < 0.25:
         return question_dialogue(rng, random_window(rng, max_sensors=4), turns=rng.randint(4, 10)), []
-    if kind < 0.7:
+    if kind < 0.75:
         return random_dialogue(rng)
     return random_commands(rng)
 

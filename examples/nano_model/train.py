@@ -247,7 +247,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             break
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * schedule(step, progress)
+            group["lr"] = group["peak"] * schedule(step, progress, args.warm_up)
         # Every other step, once past the beginnings: the model has to be right with and without rounding.
         rounding = step % 2 == 1 and progress >= args.round_from
         with (
@@ -287,9 +287,9 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def schedule(step: int, progress: float) -> float:
-    """Learning rate over its peak: 300 steps of warm-up, then straight down to zero at the end."""
-    return min(1.0, (step + 1) / 300) * (1.0 - progress)
+def schedule(step: int, progress: float, warm_up: int) -> float:
+    """Learning rate over its peak: `warm_up` steps up, then straight down to zero at the end."""
+    return min(1.0, (step + 1) / warm_up) * (1.0 - progress)
 
 
 def main() -> None:
@@ -308,6 +308,7 @@ def main() -> None:
     parser.add_argument(
         "--table-factor", type=float, default=1.0, help="embedding tables' rate over the rest's"
     )
+    parser.add_argument("--warm-up", type=int, default=300, help="steps")
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--row", type=int, default=ROW)
     parser.add_argument("--workers", type=int, default=14)

@@ -28,7 +28,7 @@ HOUR_S = 3600
 HELD_OUT_SCALE = (1.08, 1.55)
 
 
-def random_window(rng: random.Random, *, held_out: bool = False, max_sensors: int = 10) -> Window:
+def random_window(rng: random.Random, *, held_out: bool = False, max_sensors: int = 8) -> Window:
     """One window: a site, a time span, one to `max_sensors` sensors, some of them with faults."""
     hours = rng.choice([1, 1, 2, 3, 4, 6, 6, 6, 8, 12, 12, 24, 24, 48, 72, 168])
     start = datetime(rng.randint(2020, 2030), rng.randint(1, 12), rng.randint(1, 28), tzinfo=UTC)
@@ -176,61 +176,55 @@ def _minute(time_s: float) -> float:
 def reference_summary(window: Window) -> Summary:
     """The summary that the model is taught for `window`."""
     anomalies: list[Anomaly] = []
+    titles: list[str] = []
     told: list[str] = []
     actions: list[str] = []
     for sensor in window.sensors:
         above, below = _actions(sensor)
         for excursion in sensor.excursions:
-            since = excursion.last_s is None
-            first = clock(window, excursion.first_s)
-            when = f"since {first}" if since else f"from {first} to {clock(window, excursion.last_s or 0)}"
-            several = f" in {excursion.times} spans" if excursion.times > 1 else ""
-            worst, limit = number(sensor, excursion.worst), number(sensor, excursion.limit)
-            unit = f" {sensor.unit}" if sensor.unit else ""
-            anomalies.append(
-                Anomaly(
-                    sensor.name, excursion.kind, f"worst {worst}{unit}, limit {limit}{unit}, {when}{several}"
-                )
-            )
-            verb = "has been" if since else "was"
-            told.append(
-                f"{sensor.name} {verb} {excursion.kind} its limit of {limit}{unit} {when}{several}, "
-                f"at worst {worst}{unit}."
-            )
-            actions.append((above if excursion.kind == "above" else below).format(sensor.name))
+            worst = _with_unit(sensor, excursion.worst)
+            anomalies.append(Anomaly(sensor.name, excursion.kind, f"worst {worst}"))
+            told.append(_excursion_sentence(window, sensor, excursion))
+            titles.append(f"{sensor.quantity} {excursion.kind} limit")
+            actions.append(above if excursion.kind == "above" else below)
         if (sensor.name, "silent") in expected_anomalies(window):
-            if sensor.silent_since_s is None:
-                anomalies.append(Anomaly(sensor.name, "silent", "no readings"))
-                told.append(f"{sensor.name} sent no readings.")
-            else:
-                since_text = clock(window, sensor.silent_since_s)
-                anomalies.append(Anomaly(sensor.name, "silent", f"no readings since {since_text}"))
-                told.append(f"{sensor.name} has been silent since {since_text}.")
-            actions.append(SILENT_ACTION.format(sensor.name))
+            since = sensor.silent_since_s
+            when = "no readings" if since is None else f"silent since {clock(window, since)}"
+            anomalies.append(Anomaly(sensor.name, "silent", when))
+            told.append(f"'{sensor.name}' " + ("sent no readings." if since is None else f"has been {when}."))
+            titles.append(f"{sensor.quantity} silent")
+            actions.append(SILENT_ACTION)
     if not anomalies:
-        title = f"{window.site}: all normal"
+        titles.append("all normal")
         told.append("All readings are normal.")
-        for sensor in window.sensors[:2]:
-            unit = f" {sensor.unit}" if sensor.unit else ""
-            told.append(
-                f"{sensor.name} ranged from {number(sensor, sensor.minimum or 0)} to "
-                f"{number(sensor, sensor.maximum or 0)}{unit}, mean {number(sensor, sensor.mean or 0)}{unit}."
-            )
-    elif len(anomalies) == 1:
-        only = anomalies[0]
-        state = "silent" if only.kind == "silent" else f"{only.kind} limit"
-        title = f"{window.site}: {only.sensor} {state}"
-    else:
-        title = f"{window.site}: {len(anomalies)} anomalies"
-    if anomalies and len({a.sensor for a in anomalies}) < len(window.sensors):
+        first = window.sensors[0]
+        low, high = number(first, first.minimum or 0), _with_unit(first, first.maximum)
+        told.append(f"'{first.name}' ranged from {low} to {high}, mean {_with_unit(first, first.mean)}.")
+    elif len({anomaly.sensor for anomaly in anomalies}) < len(window.sensors):
         told.append("The other sensors are normal.")
     many = "sensor" if len(window.sensors) == 1 else "sensors"
     head = (
         f"{len(window.sensors)} {many} from {clock(window, window.start_s)} to {clock(window, window.end_s)}."
     )
+    title = titles[0] if len(titles) == 1 else f"{titles[0]} and more"
     return Summary(
-        title, " ".join([head, *told]), expected_severity(window), tuple(anomalies), tuple(actions)
+        title=f"{window.site}: {title}",
+        summary=" ".join([head, *told]),
+        severity=expected_severity(window),
+        anomalies=tuple(anomalies),
+        actions=tuple(dict.fromkeys(actions)),
     )
+
+
+def _excursion_sentence(window: Window, sensor: SensorStats, excursion: Excursion) -> str:
+    first = clock(window, excursion.first_s)
+    limit, worst = _with_unit(sensor, excursion.limit), _with_unit(sensor, excursion.worst)
+    several = f" in {excursion.times} spans" if excursion.times > 1 else ""
+    if excursion.last_s is None:
+        verb, when = "has been", f"since {first}"
+    else:
+        verb, when = "was", f"from {first} to {clock(window, excursion.last_s)}"
+    return f"'{sensor.name}' {verb} {excursion.kind} its limit of {limit} {when}{several}, at worst {worst}."
 
 
 def _actions(sensor: SensorStats) -> tuple[str, str]:
@@ -305,7 +299,8 @@ def random_question(rng: random.Random, window: Window) -> tuple[str, str]:
         return rng.choice(_ASK_ALL[topic]), _answer_all(topic, window)
     sensor = rng.choice(window.sensors)
     topic = rng.choice(list(_ASK))
-    question = rng.choice(_ASK[topic]).format(s=sensor.name, q=sensor.quantity)
+    name = sensor.name if rng.random() < 0.5 else f"'{sensor.name}'"
+    question = rng.choice(_ASK[topic]).format(s=name, q=sensor.quantity)
     return question, _ANSWERS[topic](window, sensor)
 
 
@@ -316,32 +311,32 @@ def _with_unit(sensor: SensorStats, value: float | None) -> str:
 def _reading(word: str, field: str) -> Callable[[Window, SensorStats], str]:
     def answer(window: Window, sensor: SensorStats) -> str:
         if not sensor.count:
-            return f"{sensor.name} sent no readings."
-        return f"The {word} of {sensor.name} was {_with_unit(sensor, getattr(sensor, field))}."
+            return f"'{sensor.name}' sent no readings."
+        return f"The {word} of '{sensor.name}' was {_with_unit(sensor, getattr(sensor, field))}."
 
     return answer
 
 
 def _trend(window: Window, sensor: SensorStats) -> str:
     if not sensor.count:
-        return f"{sensor.name} sent no readings."
-    return f"{sensor.name} is {render_trend(sensor)}."
+        return f"'{sensor.name}' sent no readings."
+    return f"'{sensor.name}' is {render_trend(sensor)}."
 
 
 def _limits(window: Window, sensor: SensorStats) -> str:
     if sensor.low is not None and sensor.high is not None:
         low = number(sensor, sensor.low)
-        return f"{sensor.name} should stay from {low} to {_with_unit(sensor, sensor.high)}."
+        return f"'{sensor.name}' should stay from {low} to {_with_unit(sensor, sensor.high)}."
     if sensor.high is not None:
-        return f"{sensor.name} should stay at or below {_with_unit(sensor, sensor.high)}."
+        return f"'{sensor.name}' should stay at or below {_with_unit(sensor, sensor.high)}."
     if sensor.low is not None:
-        return f"{sensor.name} should stay at or above {_with_unit(sensor, sensor.low)}."
-    return f"{sensor.name} has no limits."
+        return f"'{sensor.name}' should stay at or above {_with_unit(sensor, sensor.low)}."
+    return f"'{sensor.name}' has no limits."
 
 
 def _ok(window: Window, sensor: SensorStats) -> str:
     told = _troubles(window, sensor)
-    return f"No: {', and '.join(told)}." if told else f"Yes, {sensor.name} is normal."
+    return f"No: {', and '.join(told)}." if told else f"Yes, '{sensor.name}' is normal."
 
 
 def _troubles(window: Window, sensor: SensorStats) -> list[str]:
@@ -349,14 +344,14 @@ def _troubles(window: Window, sensor: SensorStats) -> list[str]:
     for excursion in sensor.excursions:
         first = clock(window, excursion.first_s)
         if excursion.last_s is None:
-            told.append(f"{sensor.name} has been {excursion.kind} its limit since {first}")
+            told.append(f"'{sensor.name}' has been {excursion.kind} its limit since {first}")
         else:
             last = clock(window, excursion.last_s)
-            told.append(f"{sensor.name} was {excursion.kind} its limit from {first} to {last}")
+            told.append(f"'{sensor.name}' was {excursion.kind} its limit from {first} to {last}")
     if sensor.silent_since_s is not None:
-        told.append(f"{sensor.name} has been silent since {clock(window, sensor.silent_since_s)}")
+        told.append(f"'{sensor.name}' has been silent since {clock(window, sensor.silent_since_s)}")
     elif not sensor.count:
-        told.append(f"{sensor.name} sent no readings")
+        told.append(f"'{sensor.name}' sent no readings")
     return told
 
 
@@ -366,7 +361,7 @@ _ANSWERS: dict[str, Callable[[Window, SensorStats], str]] = {
     "mean": _reading("mean", "mean"),
     "last": _reading("last reading", "last"),
     "trend": _trend,
-    "count": lambda window, sensor: f"{sensor.name} sent {sensor.count} readings.",
+    "count": lambda window, sensor: f"'{sensor.name}' sent {sensor.count} readings.",
     "limits": _limits,
     "ok": _ok,
 }
@@ -377,12 +372,12 @@ def _answer_all(topic: str, window: Window) -> str:
     if topic == "how_many":
         return f"{len(window.sensors)} sensors." if len(window.sensors) > 1 else "1 sensor."
     if topic == "site":
-        return f"This is {window.site}."
+        return f"This is '{window.site}'."
     if topic == "silent":
-        names = [s.name for s in window.sensors if (s.name, "silent") in wrong]
+        names = [f"'{s.name}'" for s in window.sensors if (s.name, "silent") in wrong]
         return f"Silent: {', '.join(names)}." if names else "No sensor is silent."
     if topic == "out":
-        names = [s.name for s in window.sensors if s.excursions]
+        names = [f"'{s.name}'" for s in window.sensors if s.excursions]
         return f"Out of limits: {', '.join(names)}." if names else "All sensors stayed within limits."
     told = [trouble for sensor in window.sensors for trouble in _troubles(window, sensor)]
     return f"{'. '.join(told)}." if told else "Everything is normal."

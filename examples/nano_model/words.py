@@ -51,7 +51,7 @@ class Quantity:
     short: tuple[str, ...] = ()
 
 
-_T = ("Check cooling and ventilation at {}.", "Check heating at {}.")
+_T = ("Check cooling and ventilation.", "Check heating.")
 QUANTITIES = (
     Quantity(("temperature", "room temperature"), (("°C", 16, 28, 1), ("°F", 60, 82, 1)), *_T, ("temp", "t")),
     Quantity(
@@ -63,177 +63,177 @@ QUANTITIES = (
     Quantity(
         ("humidity", "relative humidity", "air humidity"),
         (("%", 30, 80, 0), ("%", 30, 80, 1), ("%RH", 35, 75, 1)),
-        "Check ventilation at {}.",
-        "Check humidification at {}.",
+        "Check ventilation.",
+        "Check humidification.",
         ("hum", "rh"),
     ),
     Quantity(
         ("soil moisture", "substrate moisture"),
         (("%", 25, 70, 0), ("%", 25, 70, 1)),
-        "Check drainage at {}.",
-        "Check irrigation at {}.",
+        "Check drainage.",
+        "Check irrigation.",
         ("moisture", "soil"),
     ),
     Quantity(
         ("CO2", "carbon dioxide"),
         (("ppm", 400, 1500, 0),),
-        "Ventilate {}.",
-        "Check the CO2 supply at {}.",
+        "Ventilate.",
+        "Check the CO2 supply.",
         ("co2",),
     ),
     Quantity(
         ("PM2.5", "particulate matter", "dust"),
         (("µg/m3", 2, 60, 0), ("µg/m3", 2, 60, 1)),
-        "Check air filters at {}.",
-        "Inspect {}.",
+        "Check air filters.",
+        "Inspect the sensor.",
         ("pm", "dust"),
     ),
     Quantity(
         ("VOC", "air quality index"),
         (("ppb", 50, 900, 0), ("", 10, 200, 0)),
-        "Ventilate {}.",
-        "Inspect {}.",
+        "Ventilate.",
+        "Inspect the sensor.",
         ("voc", "aqi"),
     ),
     Quantity(
         ("tank level", "water level", "level", "fill level"),
         (("%", 15, 95, 0), ("cm", 40, 260, 0), ("m", 0.6, 4.5, 2)),
-        "Check the inlet and overflow of {}.",
-        "Refill {} and look for a leak.",
+        "Check the inlet and the overflow.",
+        "Refill and look for a leak.",
         ("level", "lvl"),
     ),
     Quantity(
         ("flow", "flow rate", "water flow"),
         (("l/min", 4, 60, 1), ("m3/h", 1, 30, 2)),
-        "Check valves at {}.",
-        "Check the pump at {}.",
+        "Check the valves.",
+        "Check the pump.",
         ("flow", "q"),
     ),
     Quantity(
         ("pressure", "line pressure", "air pressure"),
         (("bar", 1, 8, 2), ("kPa", 90, 620, 0), ("hPa", 980, 1040, 0)),
-        "Check the regulator at {}.",
-        "Check the pump at {}.",
+        "Check the regulator.",
+        "Check the pump.",
         ("press", "p"),
     ),
     Quantity(
         ("power", "electric power", "heat output"),
         (("W", 50, 3500, 0), ("kW", 0.5, 48, 2)),
-        "Reduce the load at {}.",
-        "Check the supply of {}.",
+        "Reduce the load.",
+        "Check the supply.",
         ("power", "pw"),
     ),
     Quantity(
         ("voltage", "mains voltage"),
         (("V", 218, 242, 1), ("V", 11.2, 14.6, 2)),
-        "Check the supply of {}.",
-        "Check the supply of {}.",
+        "Check the supply.",
+        "Check the supply.",
         ("volt", "u"),
     ),
     Quantity(
         ("current", "motor current"),
         (("A", 0.5, 32, 2), ("A", 2, 120, 1)),
-        "Reduce the load at {}.",
-        "Check the supply of {}.",
+        "Reduce the load.",
+        "Check the supply.",
         ("amps", "i"),
     ),
     Quantity(
         ("energy", "daily energy"),
         (("kWh", 1, 300, 1),),
-        "Reduce the load at {}.",
-        "Inspect {}.",
+        "Reduce the load.",
+        "Inspect the sensor.",
         ("energy",),
     ),
     Quantity(
         ("battery", "battery level", "state of charge"),
         (("%", 20, 100, 0),),
-        "Check the charger of {}.",
-        "Charge or replace the battery of {}.",
+        "Check the charger.",
+        "Charge or replace the battery.",
         ("bat", "soc"),
     ),
     Quantity(
         ("vibration", "bearing vibration"),
         (("mm/s", 0.4, 7, 2),),
-        "Inspect the bearings of {}.",
-        "Inspect {}.",
+        "Inspect the bearings.",
+        "Inspect the sensor.",
         ("vib",),
     ),
     Quantity(
         ("speed", "fan speed", "motor speed"),
         (("rpm", 300, 2900, 0),),
-        "Check the drive of {}.",
-        "Check the drive of {}.",
+        "Check the drive.",
+        "Check the drive.",
         ("speed", "rpm"),
     ),
     Quantity(
         ("light", "illuminance", "light level"),
         (("lux", 100, 40000, 0), ("lx", 80, 1200, 0)),
-        "Check the shading at {}.",
-        "Check the lamps at {}.",
+        "Check the shading.",
+        "Check the lamps.",
         ("light", "lux"),
     ),
     Quantity(
         ("noise", "sound level"),
         (("dB", 35, 85, 0), ("dB", 35, 85, 1)),
-        "Look for the source of noise at {}.",
-        "Inspect {}.",
+        "Look for the source of noise.",
+        "Inspect the sensor.",
         ("noise", "spl"),
     ),
     Quantity(
         ("pH",),
         (("", 5.2, 7.9, 2), ("", 5.2, 7.9, 1)),
-        "Check the dosing at {}.",
-        "Check the dosing at {}.",
+        "Check the dosing.",
+        "Check the dosing.",
         ("ph",),
     ),
     Quantity(
         ("conductivity", "EC"),
         (("mS/cm", 0.8, 3.4, 2),),
-        "Check the dosing at {}.",
-        "Check the dosing at {}.",
+        "Check the dosing.",
+        "Check the dosing.",
         ("ec",),
     ),
     Quantity(
         ("dissolved oxygen", "oxygen"),
         (("mg/l", 4, 11, 1),),
-        "Check the aeration at {}.",
-        "Check the aeration at {}.",
+        "Check the aeration.",
+        "Check the aeration.",
         ("do", "o2"),
     ),
     Quantity(
         ("wind speed", "air speed"),
         (("m/s", 0, 16, 1), ("km/h", 0, 60, 0)),
-        "Secure loose parts at {}.",
-        "Inspect {}.",
+        "Secure loose parts.",
+        "Inspect the sensor.",
         ("wind",),
     ),
     Quantity(
         ("weight", "load"),
         (("kg", 20, 900, 0), ("t", 1, 38, 1)),
-        "Check the load at {}.",
-        "Check the load at {}.",
+        "Check the load.",
+        "Check the load.",
         ("weight", "kg"),
     ),
     Quantity(
         ("frequency", "grid frequency"),
         (("Hz", 49.7, 50.3, 2),),
-        "Check the inverter at {}.",
-        "Check the inverter at {}.",
+        "Check the inverter.",
+        "Check the inverter.",
         ("freq",),
     ),
     Quantity(
         ("valve position", "damper position", "opening"),
         (("%", 0, 100, 0),),
-        "Check the actuator of {}.",
-        "Check the actuator of {}.",
+        "Check the actuator.",
+        "Check the actuator.",
         ("pos",),
     ),
     Quantity(
-        ("occupancy", "people count"), (("", 0, 60, 0),), "Check access to {}.", "Inspect {}.", ("people",)
+        ("occupancy", "people count"), (("", 0, 60, 0),), "Check access.", "Inspect the sensor.", ("people",)
     ),
 )
-GENERIC = ("Inspect {}.", "Inspect {}.")
-SILENT_ACTION = "Check power and connection of {}."
+GENERIC = ("Inspect the sensor.", "Inspect the sensor.")
+SILENT_ACTION = "Check power and connection of silent sensors."
 
 
 # Parts of the tokenizer's vocabulary, for words that hold every token; see `use_pieces`.
@@ -250,20 +250,21 @@ def use_pieces(vocabulary: Iterable[str]) -> None:
     _PIECES[:] = sorted({word for word in words if word.isascii() and word.isalpha()})
 
 
-def invented_word(rng: random.Random) -> str:
-    """A word that nobody has seen."""
-    if _PIECES and rng.random() < 0.6:
+def invented_word(rng: random.Random, held_out: bool = False) -> str:
+    """A word that nobody has seen; with `held_out` one that could be a word."""
+    if _PIECES and not held_out and rng.random() < 0.6:
         return "".join(rng.choice(_PIECES) for _ in range(rng.choice([1, 2, 2, 3])))
     return "".join(
         rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(rng.randint(1, 3))
     )
 
 
-def invented_text(rng: random.Random, words: int) -> str:
+def invented_text(rng: random.Random, words: int, held_out: bool) -> str:
     """Some words, known and invented."""
     known = (*PLACES, *SITES, *_COMMON)
     return " ".join(
-        rng.choice(known) if rng.random() < 0.6 else invented_word(rng).lower() for _ in range(words)
+        rng.choice(known) if rng.random() < 0.6 else invented_word(rng, held_out).lower()
+        for _ in range(words)
     )
 
 
@@ -273,7 +274,7 @@ def place(rng: random.Random, held_out: bool) -> str:
     if kind < 0.35:
         word = rng.choice(HELD_OUT_PLACES if held_out else PLACES)
     elif kind < 0.75:
-        word = invented_word(rng)
+        word = invented_word(rng, held_out)
     else:
         return "".join(
             rng.choice("abcdefghijklmnopqrstuvwxyz0123456789ABCDEF") for _ in range(rng.randint(2, 8))
@@ -283,7 +284,11 @@ def place(rng: random.Random, held_out: bool) -> str:
 
 def site(rng: random.Random, held_out: bool) -> str:
     """A site's name, of one or two words."""
-    word = rng.choice(HELD_OUT_SITES if held_out else SITES) if rng.random() < 0.45 else invented_word(rng)
+    word = (
+        rng.choice(HELD_OUT_SITES if held_out else SITES)
+        if rng.random() < 0.45
+        else invented_word(rng, held_out)
+    )
     if rng.random() < 0.3:
         word = word.capitalize()
     if rng.random() < 0.1:
@@ -293,7 +298,7 @@ def site(rng: random.Random, held_out: bool) -> str:
             "",
             f"-{rng.randint(1, 99)}",
             f"-{rng.choice('abcdefgh')}",
-            f"_{invented_word(rng)}",
+            f"_{invented_word(rng, held_out)}",
             f"-{rng.choice(['north', 'south', 'east', 'west'])}",
         ]
     )
