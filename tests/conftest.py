@@ -6,6 +6,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,3 +48,14 @@ def _once_per_shape(trace: Callable[..., Any]) -> Callable[..., Any]:
         return type(first)(first.graph.clone(), first.makers)
 
     return traced
+
+
+@pytest.fixture(scope="session")
+def nano_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled nano model, exported as a user would: int4, x86-64-generic."""
+    from gemma_edge.cli import main
+
+    folder = tmp_path_factory.mktemp("bundles") / "nano-x86-64-generic-int4"
+    model = Path(__file__).parent.parent / "models" / "nano"
+    assert main(["export", "--model", str(model), "--device", "x86-64-generic", "--out", str(folder)]) == 0
+    return folder

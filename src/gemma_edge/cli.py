@@ -15,7 +15,7 @@ from .runtime.errors import GemmaEdgeError
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line. Sub-commands set `run`, a function from the parsed arguments to an exit status."""
+    """The whole command line. Sub-commands set `run`: parsed arguments in, exit status out."""
     from .runtime import cli as runtime_cli
 
     parser = argparse.ArgumentParser(prog="gemma-edge", description="Gemma 4 on edge devices.")
@@ -39,7 +39,7 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
             from .export import cli as export_cli
         except ImportError as error:
             raise GemmaEdgeError(
-                f"export needs packages that are not installed ({error.name}): pip install 'gemma-edge[export]'"
+                f"export needs a package that is not installed ({error.name}): pip install 'gemma-edge[export]'"
             ) from error
         return export_cli.run_export(args)
 
