@@ -39,7 +39,7 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
             from .export import cli as export_cli
         except ImportError as error:
             raise GemmaEdgeError(
-                f"export needs a package that is not installed ({error.name}): pip install 'gemma-edge[export]'"
+                f"export needs a missing package ({error.name}): pip install 'gemma-edge[export]'"
             ) from error
         return export_cli.run_export(args)
 
