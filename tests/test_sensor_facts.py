@@ -72,6 +72,8 @@ def problems(text: str, window: Window = WINDOW) -> list[str]:
         "bench-3/air_temperature reached 37.9°C at 10:40.",
         "**bench-3/air_temperature** (37.9 °C) exceeded the limit of `32.0`.",
         "tank/level: check for a leak.",
+        "'tank/level' fell to 12.0 %, and 'Tank' is 'low'.",
+        "The \"humidity\" of 'bench-4/humidity' is normal, isn't it, and so is that of bench-4's air.",
         "bench-3 air temperature, 37.9 °C, is too high.",
         "The temperature on Bench 3 has been above 32 °C since 10:40, peaking at 37.9 °C.",
         "Temperature rose from 12.4 to 37.9 at bench-3, while the tank fell to 12.0 %.",
@@ -143,6 +145,9 @@ def test_true_sentences_pass(text: str) -> None:
         "bench_33 is out.",
         "T-17 is offline.",
         "bench-west-12 is hot.",
+        "'attic' is silent since 07:55.",
+        "The `attic` is fine.",
+        "“attic” is fine.",
         "attic/temperature is normal.",
         # numbers, however written
         "bench-3/air_temperature reached 37.8°C at 10:40.",

@@ -108,7 +108,9 @@ class _Facts:
         A sentence that begins with "it" goes on about the sensors of the one before.
         """
         before: list[str] = []
-        for sentence in sentences(plain_form(text)):
+        plain = plain_form(text)
+        yield from (f"{word!r} is no sensor in the data" for word in self.mentions.unknown(plain))
+        for sentence in sentences(plain):
             masked, named, loose = self.mentions.take(_LIST_MARK.sub("", sentence))
             scope = list(dict.fromkeys([*([about] if about in self.sensors else []), *named, *loose]))
             if not scope and _REFERS_BACK.match(sentence):

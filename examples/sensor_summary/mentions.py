@@ -7,6 +7,13 @@ import re
 from .numerals import MASK, plain_form
 from .window import Window
 
+_QUOTED = re.compile(r"(?<!\w)(['\"`])([^\W\d_][^\s'\"`]{1,63})\1(?!\w)")
+# What may be quoted without being a name.
+_NO_NAMES = frozenset(
+    "above below silent normal attention urgent steady rising falling since limit limits worst min max mean "
+    "last on off open closed high low".split()
+)
+
 
 class Mentions:
     """Finds the sensors that a sentence is about."""
@@ -41,6 +48,17 @@ class Mentions:
             re.compile(rf"(?<![\w/-]){re.escape(other)}(?![\w/-])", re.IGNORECASE)
             for other in sorted(others, key=len, reverse=True)
             if re.search(r"[^\W\d]", other)
+        ]
+
+    def unknown(self, text: str) -> list[str]:
+        """Single words in quotes that are no name, place, quantity or site: names, then, of nothing here."""
+        known = (
+            [pattern for _, pattern in self._full] + [pattern for pattern, _ in self._places] + self._others
+        )
+        return [
+            word
+            for _, word in _QUOTED.findall(text)
+            if word.casefold() not in _NO_NAMES and not any(pattern.fullmatch(word) for pattern in known)
         ]
 
     def take(self, text: str) -> tuple[str, list[str], list[str]]:

@@ -42,7 +42,19 @@ _MONTH_DAY = re.compile(
     re.IGNORECASE,
 )
 _SPACES = re.compile(r"[\u00a0\u2000-\u200a\u202f\u205f\u3000]")
-_LETTERS = {"µ": "µ", "μ": "µ", "º": "°", "℃": "°C", "℉": "°F", "％": "%", "’": "'", "′": "'"}
+_LETTERS = {
+    "µ": "µ",
+    "μ": "µ",
+    "º": "°",
+    "℃": "°C",
+    "℉": "°F",
+    "％": "%",
+    "’": "'",
+    "‘": "'",
+    "′": "'",
+    "“": '"',
+    "”": '"',
+}
 # Digits of another kind that are part of a unit or formula when they follow a letter: m³, CO₂.
 _SMALL = {**{c: str(i) for i, c in enumerate("₀₁₂₃₄₅₆₇₈₉")}, "¹": "1", "²": "2", "³": "3"}
 

@@ -13,22 +13,21 @@ def plain_summary(window: Window) -> Summary:
     told: list[str] = []
     actions: list[str] = []
     for sensor in window.sensors:
+        name = f"'{sensor.name}'"
         for excursion in sensor.excursions:
             span = _span(window, excursion)
             worst, limit = _with_unit(sensor, excursion.worst), _with_unit(sensor, excursion.limit)
             anomalies.append(Anomaly(sensor.name, excursion.kind, f"worst {worst}, limit {limit}, {span}"))
             verb = "has been" if excursion.last_s is None else "was"
-            told.append(
-                f"{sensor.name} {verb} {excursion.kind} its limit of {limit} {span}, at worst {worst}."
-            )
-            actions.append(f"Check {sensor.name}: {excursion.kind} its limit.")
+            told.append(f"{name} {verb} {excursion.kind} its limit of {limit} {span}, at worst {worst}.")
+            actions.append(f"Check {name}: {excursion.kind} its limit.")
         if (sensor.name, "silent") in expected_anomalies(window):
             quiet = "no readings"
             if sensor.silent_since_s is not None:
                 quiet += f" since {clock(window, sensor.silent_since_s)}"
             anomalies.append(Anomaly(sensor.name, "silent", quiet))
-            told.append(f"{sensor.name} sent {quiet}.")
-            actions.append(f"Check power and connection of {sensor.name}.")
+            told.append(f"{name} sent {quiet}.")
+            actions.append(f"Check power and connection of {name}.")
     return Summary(
         plain_title(window),
         " ".join([_head(window), *told]),
