@@ -89,8 +89,8 @@ def _nearest_scales(blocks: np.ndarray, bits: int) -> np.ndarray:
 def _searched_scales(blocks: np.ndarray, bits: int) -> np.ndarray:
     """The scales with the least squared error among candidates of both signs.
 
-    Each candidate scale proposes levels q, is refined to the best scale for those, <w, q> / <q, q>, and judged
-    by the error with it. There is one more level below zero than above, so the sign of the scale decides which
+    Each candidate scale proposes levels q, is refined to the best for those, <w, q> / <q, q>, and is judged
+    by the error with it. There is one more level below zero than above: the sign of the scale decides which
     side of a block gets it.
     """
     zero = 2 ** (bits - 1)
