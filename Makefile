@@ -81,9 +81,10 @@ test: lint ## lint, types and the fast tests
 test-slow: $(READY) ## the tests that take minutes or a full-size model
 	@$(VENV_PYTHON) -m pytest -m slow
 
-bench: $(if $(BUNDLE),$(READY),$(NEEDS)) ## run every script of bench/ on a bundle (BUNDLE= or DEVICE= MODEL= RECIPE= CONTEXT=)
-	@set -e; for script in $$(grep -l __main__ bench/*.py); do \
+bench: $(if $(BUNDLE),$(READY),$(NEEDS)) ## speed of a bundle and of the daemon (BUNDLE= or DEVICE= MODEL= RECIPE= CONTEXT=)
+	@set -e; for script in bench/decode.py bench/serve.py; do \
 		echo "== $$script"; $(VENV_PYTHON) "$$script" "$$USED_BUNDLE"; done
+	@echo "full-size export, which needs 13 GB of disk: $(VENV_PYTHON) bench/export.py E2B"
 
 lint: $(READY) ## ruff and mypy
 	@$(VENV_PYTHON) -m ruff check .
