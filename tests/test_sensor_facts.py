@@ -357,6 +357,7 @@ def test_any_text_is_judged_without_an_error(body: str, detail: str) -> None:
 
 
 @given(st.decimals(-99_999, 99_999, places=2))
+@settings(deadline=None)
 def test_a_number_is_read_however_it_is_written(value: Decimal) -> None:
     english, german = f"{value:,.2f}", f"{value:,.2f}".translate(str.maketrans(",.", ".,"))
     swiss = english.replace(",", "'")

@@ -38,6 +38,7 @@ series = steps.map(
 
 
 @given(series, st.integers(0, 3))
+@settings(deadline=None)
 def test_min_max_mean_last(readings: list[Reading], decimals: int) -> None:
     stats = sensor_stats(SensorSpec("s", "q", decimals=decimals), readings, start_s=0, end_s=1e5)
     values = [round(r.value, decimals) for r in readings]
@@ -71,6 +72,7 @@ def naive_excursion(readings: list[Reading], limit: float, gap_s: float, kind: s
 
 
 @given(series, st.floats(-1e6, 1e6), st.sampled_from([0.0, 50.0, 900.0, 1e5]))
+@settings(deadline=None)
 def test_out_of_limit_spans(readings: list[Reading], limit: float, gap_s: float) -> None:
     above = naive_excursion(readings, limit, gap_s, "above")
     below = naive_excursion(readings, limit - 10, gap_s, "below")
@@ -107,6 +109,7 @@ def test_rounding_comes_first() -> None:
 
 
 @given(st.floats(-100, 100), st.floats(-50, 50), st.integers(3, 50), st.integers(1, 900))
+@settings(deadline=None)
 def test_a_clean_slope_is_found(slope: float, level: float, count: int, step_s: int) -> None:
     readings = [Reading(i * step_s, level + slope * i * step_s / HOUR_S) for i in range(count)]
     found = trend_per_hour(readings)
@@ -190,6 +193,7 @@ def test_lengths_that_do_not_divide_a_day_count_from_1970() -> None:
     st.floats(0, 4e9),
     st.sampled_from([Schedule(every="6h"), Schedule(at=("02:30", "23:59")), Schedule(every="7h")]),
 )
+@settings(deadline=None)
 def test_the_next_end_is_always_later(after_s: float, schedule: Schedule) -> None:
     end_s = next_end(schedule, after_s, MADRID)
     assert after_s < end_s <= after_s + 2 * 86_400
