@@ -339,6 +339,8 @@ def own_broker(stop: threading.Event) -> Iterator[str]:
     finally:
         loop.call_soon_threadsafe(ending.set)
         thread.join(STOP_TIMEOUT_S)
+        if not thread.is_alive():
+            loop.close()
 
 
 if __name__ == "__main__":
