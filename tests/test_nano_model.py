@@ -117,9 +117,8 @@ def test_rounding_is_undone() -> None:
     rounded = training.RoundedWeights(model)
     with rounded:
         weight = model.model.layers[0].mlp.up_proj.weight
-        scale = before[0].new_tensor(1.0)
         levels = weight.view(weight.shape[0], -1, 128)[0, 0].unique()
-        assert len(levels) <= 16 and scale.isfinite()
+        assert 2 < len(levels) <= 16
         assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
