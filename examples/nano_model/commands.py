@@ -89,6 +89,19 @@ def _one_of(train: list[str], held_out_list: list[str], words: tuple[int, int]):
     return draw
 
 
+def _message(rng: random.Random, held_out: bool) -> str:
+    """What to say; some of it holds the words that also lead to the room: "the cake is in the oven"."""
+    text = _one_of(_MESSAGES, _HELD_OUT_MESSAGES, (1, 7))(rng, held_out)
+    if rng.random() < 0.25:
+        where = place(rng, held_out) if rng.random() < 0.5 else _room(rng, held_out)
+        short = invented_text(rng, rng.randint(1, 4), held_out)
+        link = rng.choice(("in the", "is in the", "at the", "for the", "is on the", "that the", "in"))
+        text = f"{short} {link} {where}"
+        if rng.random() < 0.3:
+            text += " " + invented_text(rng, rng.randint(1, 2), held_out)
+    return text
+
+
 def _clock(rng: random.Random, held_out: bool) -> str:
     minute = rng.choice([3, 8, 13, 23, 38, 53] if held_out else [0, 5, 10, 15, 20, 30, 40, 45, 50])
     return f"{rng.randint(0, 23):02d}:{minute:02d}"
@@ -304,9 +317,7 @@ ACTIONS = (
         ("Say a message in a room.", "Play an announcement."),
         {
             "room": _ROOM,
-            "message": Slot(
-                ("message", "text"), "string", _one_of(_MESSAGES, _HELD_OUT_MESSAGES, (1, 7)), "What to say"
-            ),
+            "message": Slot(("message", "text"), "string", _message, "What to say"),
         },
         (
             P("Tell the {room}: {message}."),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from ..sensor_summary.prompt import SUMMARY_SYSTEM
+from ..sensor_summary.facts import untrue
+from ..sensor_summary.prompt import SUMMARY_SYSTEM, Summary
+from ..sensor_summary.summarizer import retry_messages
 from ..sensor_summary.window import Window, render_window
 from .commands import random_commands
 from .windows import random_question, random_window, reference_summary
@@ -19,7 +22,8 @@ from .words import use_pieces
 Messages = list[dict[str, Any]]
 
 # How often each kind of dialogue comes.
-SUMMARY, QUESTIONS, TALK = 0.52, 0.16, 0.03  # the rest: commands
+SUMMARY, QUESTIONS, TALK = 0.45, 0.15, 0.02  # the rest: commands
+RETRIES = 0.06  # of the summaries: the second attempt, after an answer that was refused
 
 _OTHER_SYSTEMS = (
     "Summarize the sensor window as JSON with title, summary, severity, anomalies and actions.",
@@ -73,15 +77,38 @@ def names_dialogue(rng: random.Random) -> tuple[Messages, list[dict[str, Any]]]:
 
 def summary_dialogue(rng: random.Random, window: Window) -> Messages:
     """A window, its summary, and sometimes questions about it."""
-    system = SUMMARY_SYSTEM if rng.random() < 0.8 else rng.choice(_OTHER_SYSTEMS)
-    messages = [
-        {"role": "system", "content": system},
-        {"role": "user", "content": render_window(window)},
-        {"role": "assistant", "content": msgspec.json.encode(reference_summary(window)).decode()},
-    ]
+    summary = reference_summary(window)
+    if rng.random() < RETRIES and (problems := untrue(window, _spoilt(rng, summary))):
+        messages = retry_messages(window, problems)
+    else:
+        system = SUMMARY_SYSTEM if rng.random() < 0.8 else rng.choice(_OTHER_SYSTEMS)
+        messages = [
+            {"role": "system", "content": system},
+            {"role": "user", "content": render_window(window)},
+        ]
+    messages.append({"role": "assistant", "content": msgspec.json.encode(summary).decode()})
     for _ in range(rng.choice([0, 0, 1, 2, 3])):
         messages += _question_turn(rng, window)
     return messages
+
+
+def _spoilt(rng: random.Random, summary: Summary) -> Summary:
+    """The summary with a mistake that small models make: a number, a name, an anomaly or the severity."""
+    kind = rng.randrange(4)
+    if kind == 0:
+        text = "".join(
+            rng.choice("0123456789") if c.isdigit() and rng.random() < 0.3 else c for c in summary.summary
+        )
+        return msgspec.structs.replace(summary, summary=text)
+    if kind == 1:
+        text = re.sub(
+            r"'([^']{4,})'", lambda m: f"'{m[1][: rng.randint(2, len(m[1]) - 1)]}'", summary.summary, count=1
+        )
+        return msgspec.structs.replace(summary, summary=text)
+    if kind == 2 and summary.anomalies:
+        kept = rng.sample(summary.anomalies, len(summary.anomalies) - 1)
+        return msgspec.structs.replace(summary, anomalies=tuple(kept))
+    return msgspec.structs.replace(summary, severity=(summary.severity + rng.choice([1, 2])) % 3)
 
 
 def question_dialogue(rng: random.Random, window: Window, turns: int | None = None) -> Messages:

@@ -21,7 +21,16 @@ from ..sensor_summary.window import (
     number,
     render_trend,
 )
-from .words import GENERIC, QUANTITIES, SILENT_ACTION, Quantity, invented_word, place, site
+from .words import (
+    GENERIC,
+    QUANTITIES,
+    SILENT_ACTION,
+    STATES,
+    Quantity,
+    invented_word,
+    place,
+    site,
+)
 
 HOUR_S = 3600
 # Ranges of quantities are scaled by a random factor; these factors are left to the held-out windows.
@@ -42,7 +51,7 @@ def random_window(rng: random.Random, *, held_out: bool = False, max_sensors: in
     style = rng.randrange(7)
     sensors: dict[str, SensorStats] = {}
     while len(sensors) < count:
-        quantity = rng.choice(QUANTITIES)
+        quantity = rng.choice(STATES if rng.random() < 0.06 else QUANTITIES)
         name = _sensor_name(
             rng, quantity, style if rng.random() < 0.8 else rng.randrange(7), shared, held_out
         )
@@ -89,6 +98,8 @@ def _sensor(
     held_out: bool,
 ) -> SensorStats:
     unit, low, high, decimals = rng.choice(quantity.units)
+    if quantity in STATES:
+        return _state_sensor(rng, name, rng.choice(quantity.names), decimals, start_s, end_s, fault_rate)
     scale = _scale(rng, held_out)
     low, high = low * scale, high * scale
     span = high - low
@@ -150,7 +161,16 @@ def _sensor(
         last = rng.uniform(max(minimum, low), min(maximum, high))
     interval_s = rng.choice([10, 30, 60, 60, 300, 300, 600, 900])
     count = max(2, int((last_reading_s - start_s) / interval_s) + rng.randint(-3, 0))
-    slope = rng.choice([0.0, rng.uniform(-1, 1) * (maximum - minimum) * HOUR_S / (end_s - start_s)])
+    slope: float | None = rng.choice(
+        [0.0, rng.uniform(-1, 1) * (maximum - minimum) * HOUR_S / (end_s - start_s)]
+    )
+    if not excursions and rng.random() < 0.04:  # too few readings for a trend
+        count, slope = rng.randint(1, 2), None
+        last = rng.choice([minimum, maximum])
+        if count == 1:
+            minimum = maximum = mean = last
+        else:
+            mean = (minimum + maximum) / 2
     return SensorStats(
         name,
         rng.choice(names),
@@ -166,6 +186,49 @@ def _sensor(
         limit_high,
         tuple(excursions),
         silent_since,
+    )
+
+
+def _state_sensor(
+    rng: random.Random,
+    name: str,
+    quantity: str,
+    decimals: int,
+    start_s: float,
+    end_s: float,
+    fault_rate: float,
+) -> SensorStats:
+    """A sensor of 0 and 1: a contact, a leak, a motor's state. A limit of 0 makes 1 an alarm."""
+    limit = rng.choice([None, None, 0.0])
+    alarm = limit is not None and rng.random() < fault_rate
+    seen_one = alarm or (limit is None and rng.random() < 0.6)
+    seen_zero = not seen_one or rng.random() < 0.9
+    count = max(3, int((end_s - start_s) / rng.choice([60, 300, 600, 3600])))
+    share = rng.uniform(1 / count, 1 - 1 / count) if seen_zero and seen_one else float(seen_one)
+    last = float(seen_one and (not seen_zero or rng.random() < 0.5))
+    excursions: tuple[Excursion, ...] = ()
+    if alarm:
+        first = _minute(rng.uniform(start_s, end_s - 120))
+        end = None if last else _minute(rng.uniform(first + 60, end_s))
+        excursions = (Excursion("above", 0.0, 1.0, first, end, rng.choice([1, 1, 1, rng.randint(2, 9)])),)
+    silent = None
+    if not alarm and rng.random() < 0.3 * fault_rate:
+        silent = _minute(rng.uniform(start_s + 0.05 * (end_s - start_s), start_s + 0.9 * (end_s - start_s)))
+    return SensorStats(
+        name,
+        quantity,
+        "",
+        decimals,
+        count,
+        float(not seen_zero),
+        float(seen_one),
+        round(share, decimals),
+        last,
+        0.0,
+        None,
+        limit,
+        excursions,
+        silent,
     )
 
 
@@ -208,7 +271,7 @@ def reference_summary(window: Window) -> Summary:
     )
     title = titles[0] if len(titles) == 1 else f"{titles[0]} and more"
     return Summary(
-        title=f"{window.site}: {title}",
+        title=title[0].upper() + title[1:],
         summary=" ".join([head, *told]),
         severity=expected_severity(window),
         anomalies=tuple(anomalies),
@@ -228,7 +291,7 @@ def _excursion_sentence(window: Window, sensor: SensorStats, excursion: Excursio
 
 
 def _actions(sensor: SensorStats) -> tuple[str, str]:
-    for quantity in QUANTITIES:
+    for quantity in (*QUANTITIES, *STATES):
         if sensor.quantity in quantity.names:
             return quantity.above, quantity.below
     return GENERIC
@@ -320,6 +383,8 @@ def _reading(word: str, field: str) -> Callable[[Window, SensorStats], str]:
 def _trend(window: Window, sensor: SensorStats) -> str:
     if not sensor.count:
         return f"'{sensor.name}' sent no readings."
+    if sensor.trend_per_hour is None:
+        return f"'{sensor.name}' sent too few readings to tell."
     return f"'{sensor.name}' is {render_trend(sensor)}."
 
 

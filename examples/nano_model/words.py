@@ -232,6 +232,37 @@ QUANTITIES = (
         ("occupancy", "people count"), (("", 0, 60, 0),), "Check access.", "Inspect the sensor.", ("people",)
     ),
 )
+# Sensors of 0 and 1.
+STATES = (
+    Quantity(
+        ("contact", "door contact", "window contact", "door"),
+        (("", 0, 1, 0), ("", 0, 1, 1)),
+        "Check the doors and windows.",
+        "Inspect the sensor.",
+        ("contact", "open"),
+    ),
+    Quantity(
+        ("water leak", "leak", "flood"),
+        (("", 0, 1, 0), ("", 0, 1, 1)),
+        "Look for a leak.",
+        "Inspect the sensor.",
+        ("leak",),
+    ),
+    Quantity(
+        ("motion", "presence", "smoke", "alarm", "fault"),
+        (("", 0, 1, 0), ("", 0, 1, 1)),
+        "Look what set it off.",
+        "Inspect the sensor.",
+        ("motion", "alarm"),
+    ),
+    Quantity(
+        ("state", "running", "pump state", "switch"),
+        (("", 0, 1, 0), ("", 0, 1, 1)),
+        "Check the switch.",
+        "Inspect the sensor.",
+        ("state", "on"),
+    ),
+)
 GENERIC = ("Inspect the sensor.", "Inspect the sensor.")
 SILENT_ACTION = "Check power and connection of silent sensors."
 

@@ -57,9 +57,9 @@ class Window:
 
 
 def clock(window: Window, time_s: float) -> str:
-    """A time as the text shows it: "10:40", or "03-14 10:40" when the window is longer than a day."""
+    """A time as the text shows it: "10:40", or "03-14 10:40" when the window is a day or longer."""
     moment = datetime.fromtimestamp(time_s, window.zone)
-    long = window.end_s - window.start_s > DAY_S
+    long = window.end_s - window.start_s >= DAY_S
     return moment.strftime("%m-%d %H:%M" if long else "%H:%M")
 
 
