@@ -1,18 +1,22 @@
-"""The values of the decoder's constants: rotary tables and the scales of an int8 cache; numpy only."""
+"""The values of the decoder's constants: rotary tables and the scales of an int8 cache.
+
+Rotary tables are made with torch, step by step as transformers makes them: a position multiplies the last bit of a
+frequency, and another library's power function moves angles by 0.015 at position 131,000.
+"""
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from ..geometry import Rope
 
 
-def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
+def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
     """(head_dim / 2,) float32: theta^(-2i/head_dim), zero for pairs that "proportional" leaves alone."""
-    pairs = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = (np.float32(1.0) / np.float32(rope.theta) ** pairs).astype(np.float32)
-    frequencies[rotated_pairs(rope, head_dim) :] = 0.0
-    return frequencies / np.float32(rope.factor)
+    rotated = torch.arange(0, 2 * rotated_pairs(rope, head_dim), 2, dtype=torch.float32)
+    frequencies = 1.0 / (rope.theta ** (rotated / head_dim))
+    return torch.nn.functional.pad(frequencies, (0, head_dim // 2 - len(frequencies))) / rope.factor
 
 
 def rotated_pairs(rope: Rope, head_dim: int) -> int:
@@ -21,8 +25,9 @@ def rotated_pairs(rope: Rope, head_dim: int) -> int:
 
 def rope_table(rope: Rope, head_dim: int, context: int) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin, each (context, head_dim / 2) float32."""
-    angles = np.outer(np.arange(context, dtype=np.float32), inverse_frequencies(rope, head_dim))
-    return np.cos(angles), np.sin(angles)
+    positions = torch.arange(context, dtype=torch.float32)
+    angles = positions[:, None] * inverse_frequencies(rope, head_dim)
+    return angles.cos().numpy(), angles.sin().numpy()
 
 
 def cache_scales(
