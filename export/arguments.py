@@ -20,6 +20,7 @@ def add_export_arguments(parser: argparse.ArgumentParser, *, out_is_positional: 
     parser.add_argument(
         "--context", type=_tokens, metavar="N", help="tokens of context (default: the profile's)"
     )
+    parser.add_argument("--no-audio", action="store_true", help="leave the model's audio encoder out")
     default = "bundle folder (default: bundles/MODEL-DEVICE-RECIPE)"
     if out_is_positional:
         parser.add_argument("out", nargs="?", type=Path, metavar="OUT", help=default)

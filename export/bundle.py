@@ -25,6 +25,7 @@ from .. import __version__
 from ..runtime.bundle import (
     FORMAT_VERSION,
     MANIFEST,
+    Audio,
     FileEntry,
     Manifest,
     RuntimeSettings,
@@ -36,14 +37,17 @@ from ..runtime.errors import GemmaEdgeError
 from ..runtime.profile import DeviceProfile
 from . import genai
 from .attach import attach
+from .audio_geometry import AudioModel, parse_audio_model
+from .audio_settings import describe_audio
 from .checkpoint import Checkpoint, open_checkpoint
-from .geometry import TextModel, read_text_model
-from .plan import DECODER_DATA, EMBEDDINGS_DATA, Plan, make_plan
+from .geometry import TextModel, read_config, read_text_model
+from .plan import AUDIO_DATA, DECODER_DATA, EMBEDDINGS_DATA, Plan
+from .qat_plan import plan_for
 from .recipes import Recipe
 from .sentencepiece_model import write_sentencepiece_model
 from .source import CheckpointSource
-from .store import DataFile, Progress, StoredWeight, store_weight
-from .trace import trace_decoder, trace_embeddings
+from .store import DataFile, Progress, StoredWeight, store_weights
+from .trace import trace_audio, trace_decoder, trace_embeddings
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +71,7 @@ class Job:
     context: int | None  # None: the profile's, as far as the model goes
     out: Path
     force: bool = False
+    audio: bool = True  # False leaves the audio encoder out
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ class Prepared:
     checkpoint: Checkpoint
     tokens: Tokens
     template: str  # the chat template
+    ears: tuple[AudioModel, Audio] | None  # the audio encoder and its description; None: text only
 
     @property
     def weight_count(self) -> int:
@@ -93,16 +99,23 @@ def prepare(job: Job) -> Prepared:
     context = min(job.profile.context, longest) if job.context is None else job.context
     if context > longest:
         raise ExportError(f"a context of {context} tokens: the model was made for at most {longest}")
-    plan = make_plan(model, job.profile, job.recipe, context=context)
+    ears = _read_ears(job, model)
     checkpoint = open_checkpoint(job.source.folder)
-    checkpoint.require(plan.shapes)
+    plan = plan_for(
+        checkpoint,
+        model,
+        job.profile,
+        job.recipe,
+        context=context,
+        audio=None if ears is None else ears[0],
+    )
     for name in REQUIRED_FILES:
         if not (job.source.folder / name).is_file():
             raise ExportError(f"{job.source.folder / name}: no such file; the checkpoint is not complete")
     _check_destination(job.out, job.force)
     _check_space(job.out, plan.file_bytes)
     folder = job.source.folder
-    return Prepared(job, model, plan, checkpoint, _read_tokens(folder), _read_template(folder))
+    return Prepared(job, model, plan, checkpoint, _read_tokens(folder), _read_template(folder), ears)
 
 
 def write_bundle(prepared: Prepared, progress: Progress = lambda name, weights: None) -> Manifest:
@@ -124,16 +137,39 @@ def _write_graphs(prepared: Prepared, folder: Path, progress: Progress) -> dict[
     model, plan, checkpoint = prepared.model, prepared.plan, prepared.checkpoint
     progress("tracing", 0)
     decoder, embeddings = trace_decoder(model, plan.caches), trace_embeddings(model)
-    stored: dict[str, StoredWeight] = {}
     with (
         DataFile(folder / DECODER_DATA) as decoder_data,
         DataFile(folder / EMBEDDINGS_DATA) as embeddings_data,
     ):
         files = {DECODER_DATA: decoder_data, EMBEDDINGS_DATA: embeddings_data}
-        for weight in plan.weights:
-            stored[weight.name] = store_weight(files[weight.file], checkpoint, weight, progress)
+        own = [weight for weight in plan.weights if weight.file in files]
+        stored = store_weights(files, checkpoint, own, progress)
         for traced, name in ((embeddings, "embeddings.onnx"), (decoder, "decoder.onnx")):
-            graph = attach(traced, stored, checkpoint, decoder_data, head=plan.head)
+            graph = attach(
+                traced, stored, checkpoint, decoder_data, head=plan.head, recipe=prepared.job.recipe
+            )
+            ir.save(graph, folder / name)
+    if prepared.ears is not None:
+        stored |= _write_audio_graphs(prepared, prepared.ears[0], folder, progress)
+    return stored
+
+
+def _write_audio_graphs(
+    prepared: Prepared, model: AudioModel, folder: Path, progress: Progress
+) -> dict[str, StoredWeight]:
+    """Two graphs, whole clip and stream, on one data file."""
+    progress("tracing", 0)
+    graphs = {
+        "audio_encoder.onnx": trace_audio(model, False),
+        "audio_encoder_stream.onnx": trace_audio(model, True),
+    }
+    with DataFile(folder / AUDIO_DATA) as data:
+        own = [weight for weight in prepared.plan.weights if weight.file == AUDIO_DATA]
+        stored = store_weights({AUDIO_DATA: data}, prepared.checkpoint, own, progress)
+        for name, traced in graphs.items():
+            graph = attach(
+                traced, stored, prepared.checkpoint, data, head=prepared.plan.head, recipe=prepared.job.recipe
+            )
             ir.save(graph, folder / name)
     return stored
 
@@ -167,7 +203,18 @@ def _manifest(prepared: Prepared, stored: dict[str, StoredWeight], folder: Path)
         },
         versions={"gemma-edge": __version__}
         | {package: importlib.metadata.version(package) for package in VERSIONS_OF},
+        audio=None if prepared.ears is None else prepared.ears[1],
     )
+
+
+def _read_ears(job: Job, model: TextModel) -> tuple[AudioModel, Audio] | None:
+    folder = job.source.folder
+    config = read_config(folder)
+    shape = model.geometry
+    audio = parse_audio_model(config, str(folder / "config.json"), text_hidden_size=shape.hidden_size)
+    if audio is None or not job.audio:
+        return None
+    return audio, describe_audio(audio, config, folder, vocab_size=shape.vocab_size)
 
 
 def _read_tokens(folder: Path) -> Tokens:

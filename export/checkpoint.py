@@ -18,16 +18,20 @@ from typing import Any
 import numpy as np
 
 from ..runtime.errors import GemmaEdgeError
+from .qat import INPUT_SCALE, OUTPUT_SCALE
 
 log = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SCALES_LEFT_OUT = (INPUT_SCALE, OUTPUT_SCALE, ".k_cache_scale", ".v_cache_scale")
 HEADER_MAX_BYTES = 100_000_000  # safetensors' own cap
 CHUNK_BYTES = 32 << 20  # of float32 values that are held at a time
 PREFIXES = ("model.language_model.", "model.", "")
-OTHER_MODALITIES = ("audio_tower.", "vision_tower.", "embed_audio.", "embed_vision.")
-ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+OTHER_MODALITIES = ("vision_tower.", "embed_vision.")
+AUDIO = ("audio_tower.", "embed_audio.")
+FLOATS = ("BF16", "F16", "F32")
+ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "U8": 1, "I8": 1}
 
 
 class CheckpointError(GemmaEdgeError):
@@ -40,50 +44,57 @@ class TensorEntry:
 
     file: Path
     offset: int
-    dtype: str  # BF16, F16, F32
+    dtype: str  # BF16, F16, F32; U8 or I8 for what the checkpoint holds quantized
     shape: tuple[int, ...]
     original_name: str
 
 
 class Checkpoint:
-    """The text model's tensors, by canonical name: `layers.0.mlp.up_proj.weight`."""
+    """The text model's and the audio encoder's tensors, by canonical name: `layers.0.mlp.up_proj.weight`."""
 
     def __init__(self, folder: Path, tensors: Mapping[str, TensorEntry]) -> None:
         self.folder = folder
         self.tensors = tensors
 
-    def require(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Check that every tensor is there in its shape. Raises CheckpointError naming one that is not."""
+    def require(
+        self, shapes: Mapping[str, tuple[int, ...]], integers: Mapping[str, str] | None = None
+    ) -> None:
+        """Check that every tensor is there in its shape. Raises CheckpointError naming one that is not.
+
+        integers: the types of the tensors that are not floats: U8 or I8.
+        """
         for name, shape in shapes.items():
-            entry = self._entry(name)
+            entry = self.entry(name)
             if entry.shape != shape:
                 raise CheckpointError(
                     f"{entry.file}: {entry.original_name} has shape {entry.shape}, "
                     f"config.json asks for {shape}"
                 )
-            if entry.dtype not in ITEM_BYTES:
+            expected = (integers[name],) if integers and name in integers else FLOATS
+            if entry.dtype not in expected:
                 raise CheckpointError(
                     f"{entry.file}: {entry.original_name} is {entry.dtype}, "
-                    f"expected one of {', '.join(ITEM_BYTES)}"
+                    f"expected {' or '.join(expected)} by config.json's quantization_config"
                 )
         if unused := [name for name in self.tensors if name not in shapes and not _is_dead(name, shapes)]:
             log.warning("%s: %d tensors are not used: %s", self.folder, len(unused), ", ".join(unused[:5]))
 
     def read(self, name: str) -> np.ndarray:
         """A whole tensor as float32."""
-        entry = self._entry(name)
-        return self._read(entry, 0, math.prod(entry.shape)).reshape(entry.shape)
+        entry = self.entry(name)
+        return read_values(entry, 0, math.prod(entry.shape)).reshape(entry.shape)
 
     def rows(self, name: str) -> Iterator[np.ndarray]:
         """A matrix (rows, columns) as float32, some rows at a time."""
-        entry = self._entry(name)
+        entry = self.entry(name)
         count, width = entry.shape
         step = max(1, CHUNK_BYTES // (4 * width))
         for first in range(0, count, step):
             size = min(step, count - first)
-            yield self._read(entry, first * width, size * width).reshape(size, width)
+            yield read_values(entry, first * width, size * width).reshape(size, width)
 
-    def _entry(self, name: str) -> TensorEntry:
+    def entry(self, name: str) -> TensorEntry:
+        """Raises CheckpointError if there is no such tensor."""
         try:
             return self.tensors[name]
         except KeyError:
@@ -91,16 +102,41 @@ class Checkpoint:
                 f"{self.folder}: tensor {name} is missing; config.json and the weights do not belong together"
             ) from None
 
-    def _read(self, entry: TensorEntry, first: int, count: int) -> np.ndarray:
-        item = ITEM_BYTES[entry.dtype]
-        with entry.file.open("rb") as file:
-            file.seek(entry.offset + first * item)
-            data = file.read(count * item)
-        if len(data) != count * item:
-            raise CheckpointError(f"{entry.file}: ends inside {entry.original_name}; download it again")
-        if entry.dtype == "BF16":  # the upper half of a float32
-            return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
-        return np.frombuffer(data, "<f2" if entry.dtype == "F16" else "<f4").astype(np.float32)
+
+def read_values(entry: TensorEntry, first: int, count: int) -> np.ndarray:
+    """`count` values of a tensor from its value number `first` on, as float32."""
+    item = ITEM_BYTES[entry.dtype]
+    data = read_bytes(entry, first * item, count * item)
+    if entry.dtype == "BF16":  # the upper half of a float32
+        bits = np.empty(count, np.uint32)
+        np.left_shift(np.frombuffer(data, "<u2"), 16, out=bits, dtype=np.uint32)
+        return bits.view(np.float32)
+    return np.frombuffer(data, "<f2" if entry.dtype == "F16" else "<f4").astype(np.float32)
+
+
+def read_bytes(entry: TensorEntry, first: int, count: int) -> bytearray:
+    """`count` bytes of a tensor from its byte number `first` on."""
+    try:
+        with entry.file.open("rb", buffering=0) as file:
+            file.seek(entry.offset + first)
+            data = _read_all(file, count)
+    except OSError as cause:
+        raise CheckpointError(
+            f"{entry.file}: {entry.original_name} cannot be read ({cause.strerror})"
+        ) from cause
+    if len(data) != count:
+        raise CheckpointError(f"{entry.file}: ends inside {entry.original_name}; download it again")
+    return data
+
+
+def _read_all(file: Any, size: int) -> bytearray:
+    """`size` bytes, or all that the file has."""
+    data = bytearray(size)
+    view, done = memoryview(data), 0
+    while done < size and (got := file.readinto(view[done:])):
+        done += got
+    del view
+    return data[:done] if done < size else data
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -171,6 +207,12 @@ def _canonical(name: str) -> str | None:
 
 
 def _is_dead(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Keys and values of KV-shared layers, in the checkpoints but never read, and a tied head's copy."""
+    """In the checkpoint but never read: keys and values of KV-shared layers, a head that is the token table's copy,
+    an audio encoder that is left out, and scales of activations and caches, which a recipe may leave out.
+    """
+    if name.endswith(SCALES_LEFT_OUT):
+        return True
+    if name.startswith(AUDIO):
+        return not any(asked.startswith(AUDIO) for asked in shapes)
     dead = (".self_attn.k_proj.", ".self_attn.v_proj.", ".self_attn.k_norm.", ".self_attn.v_norm.")
-    return any(part in name for part in dead) or name == "lm_head.weight"
+    return any(part in name for part in dead) or name.startswith("lm_head.")

@@ -31,7 +31,7 @@ def run_export(args: argparse.Namespace) -> int:
             args.model or profile.default_model, revision=args.revision, offline=args.offline
         )
         out = args.out or BUNDLES / f"{source.name}-{profile.name}-{recipe.name}"
-        job = Job(source, profile, recipe, args.context, out, args.force)
+        job = Job(source, profile, recipe, args.context, out, args.force, audio=not args.no_audio)
         prepared = prepare(job)
         manifest = write_with_progress(prepared)
     print(report(out, prepared, manifest))

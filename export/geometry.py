@@ -12,6 +12,7 @@ from typing import Any, cast, get_args
 
 from ..runtime.bundle import Caches, Geometry, KvDtype, LayerCache, LayerType
 from ..runtime.errors import ConfigError
+from .qat import Quantization, parse_quantization
 
 ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "silu", "relu")
 KV_BYTES: dict[KvDtype, int] = {"float32": 4, "float16": 2, "int8": 1}
@@ -61,6 +62,7 @@ class TextModel:
     keys_are_values: bool  # full-attention layers have no v_proj: values are the keys before norm and rotary
     tied_head: bool
     dtype: str
+    quantization: Quantization | None = None  # what the checkpoint holds quantized
 
     @property
     def cached_layers(self) -> tuple[Layer, ...]:
@@ -75,16 +77,20 @@ class TextModel:
 
 def read_text_model(folder: Path) -> TextModel:
     """The model of `folder`/config.json. Raises ConfigError naming what is missing or unsupported."""
+    return parse_text_model(read_config(folder), str(folder / "config.json"))
+
+
+def read_config(folder: Path) -> Any:
+    """The content of `folder`/config.json. Raises ConfigError."""
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as cause:
         raise ConfigError(
             f"{path}: cannot be read ({cause.strerror}); expected a Hugging Face checkpoint"
         ) from cause
     except ValueError as cause:
         raise ConfigError(f"{path}: not valid JSON: {cause}") from cause
-    return parse_text_model(config, str(path))
 
 
 def parse_text_model(config: dict[str, Any], where: str) -> TextModel:
@@ -113,6 +119,8 @@ def parse_text_model(config: dict[str, Any], where: str) -> TextModel:
         final_logit_softcapping=text.get("final_logit_softcapping"),
         max_position_embeddings=reader.integer("max_position_embeddings", 131_072),
     )
+    # The whole model's word counts, as in transformers.
+    tied_head = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", True)))
     return TextModel(
         geometry=geometry,
         layers=layers,
@@ -120,8 +128,9 @@ def parse_text_model(config: dict[str, Any], where: str) -> TextModel:
         rms_norm_eps=float(text.get("rms_norm_eps", 1e-6)),
         activation=text.get("hidden_activation", "gelu_pytorch_tanh"),
         keys_are_values=bool(text.get("attention_k_eq_v")),
-        tied_head=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", True))),
+        tied_head=tied_head,
         dtype=str(text.get("dtype") or config.get("dtype") or config.get("torch_dtype") or "unknown"),
+        quantization=_quantization(config, text, where, tied_head),
     )
 
 
@@ -175,12 +184,18 @@ def _text_config(config: Any, where: str) -> dict[str, Any]:
         raise ConfigError(
             f"{where}: model_type {model_type!r} is not supported, expected gemma4 or gemma4_text"
         )
-    if quantized := config.get("quantization_config") or text.get("quantization_config"):
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise ConfigError(
-            f"{where}: quantization_config ({method!r}) is not supported; export the bfloat16 checkpoint"
-        )
     return text
+
+
+def _quantization(
+    config: dict[str, Any], text: dict[str, Any], where: str, tied_head: bool
+) -> Quantization | None:
+    found = config.get("quantization_config") or text.get("quantization_config")
+    if not found:
+        return None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{where}: quantization_config is {found!r}, expected an object")
+    return parse_quantization(found, where, is_multimodal=text is not config, tied_head=tied_head)
 
 
 def _refuse_unsupported(text: dict[str, Any], where: str) -> None:

@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from ..runtime.bundle import Caches, KvDtype, Memory
 from ..runtime.errors import ConfigError, GemmaEdgeError
 from ..runtime.profile import DeviceProfile
+from .audio_geometry import FRAMES_PER_TOKEN, AudioModel
 from .geometry import TextModel, plan_caches
 from .modules import ops
+from .modules.audio import AudioEncoder
 from .modules.decoder import Decoder
 from .modules.embeddings import Embeddings
-from .recipes import BLOCK_MIN, Recipe, Storage, decide
+from .qat import Held
+from .recipes import BLOCK_MIN, Recipe, Storage, check_matches, decide
 
 DECODER_DATA = "decoder.onnx.data"
 EMBEDDINGS_DATA = "embeddings.onnx.data"
+AUDIO_DATA = "audio_encoder.onnx.data"
 HEAD = "lm_head.weight"
 TOKEN_TABLE = "embed_tokens.weight"
+LAYER_TABLE = "embed_tokens_per_layer.weight"
 
 # Python, numpy, onnxruntime and a SentencePiece tokenizer, resident before a model is loaded.
 PROCESS_BYTES = 140 << 20
 # Activations that live at once in a prefill chunk, in multiples of one row of the widest layer.
 LIVE_ROWS = 6
+# Soft tokens that the runtime encodes in one call at most (runtime/audio/encoder.py), and copies of the widest
+# activation that live at once then.
+AUDIO_CALL_TOKENS = 96
+AUDIO_LIVE = 3
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,7 @@ class PlannedWeight:
     storage: Storage
     file: str
     is_table: bool  # rows are looked up, not multiplied
+    held: Held | None = None  # how the checkpoint holds it, if quantized
 
     @property
     def blocks(self) -> int:
@@ -46,8 +57,8 @@ class PlannedWeight:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row without its scales."""
-        if self.storage.bits == 32:
-            return self.shape[1] * 4
+        if self.storage.is_float:
+            return self.shape[1] * self.storage.bits // 8
         return self.blocks * self.storage.block * self.storage.bits // 8
 
     @property
@@ -56,11 +67,16 @@ class PlannedWeight:
 
     @property
     def scale_bytes(self) -> int:
-        return 0 if self.storage.bits == 32 else self.shape[0] * self.blocks * 4
+        return 0 if self.storage.is_float else self.shape[0] * self.blocks * 4
 
     @property
     def size_bytes(self) -> int:
         return self.data_bytes + self.scale_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        """In memory when it is multiplied: float16 is widened."""
+        return 4 * math.prod(self.shape) if self.storage.is_float else self.size_bytes
 
 
 @dataclass(frozen=True)
@@ -69,6 +85,7 @@ class Plan:
 
     weights: tuple[PlannedWeight, ...]
     small: dict[str, tuple[int, ...]]  # norms and scalars: float32, inside the graph
+    folded: dict[str, tuple[int, ...]]  # what constants of the graphs are worked out from
     caches: Caches
     memory: Memory
     head: str  # the weight that the head multiplies with: its own, or the token table's
@@ -81,27 +98,66 @@ class Plan:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor the checkpoint must have."""
-        return {weight.name: weight.shape for weight in self.weights} | self.small
+        shapes: dict[str, tuple[int, ...]] = {}
+        for weight in self.weights:
+            shapes |= (
+                {weight.name: weight.shape} if weight.held is None else weight.held.tensors(weight.shape)
+            )
+        return shapes | self.small | self.folded
+
+    @property
+    def integers(self) -> dict[str, str]:
+        """The tensors among them that are not floats, with safetensors' name of their type."""
+        return {weight.held.data: weight.held.dtype for weight in self.weights if weight.held is not None}
 
 
 def make_plan(
-    model: TextModel, profile: DeviceProfile, recipe: Recipe, *, context: int, kv_dtype: KvDtype | None = None
+    model: TextModel,
+    profile: DeviceProfile,
+    recipe: Recipe,
+    *,
+    context: int,
+    kv_dtype: KvDtype | None = None,
+    audio: AudioModel | None = None,
+    scale_columns: Mapping[str, int] | None = None,
+    head_is_table: bool = False,
 ) -> Plan:
-    """Decide storage and predict memory. Raises BudgetError when the device has too little of it."""
-    weights, small = _weights(model, profile, recipe)
+    """Decide storage and predict memory. Raises BudgetError when the device has too little of it.
+
+    scale_columns: of quantized tables, scales in a row, as the checkpoint's headers say; without them a row of
+    the per-layer table has one for each layer.
+    head_is_table: an untied head has the token table's bytes, so it is not stored again.
+    """
+    if head_is_table:
+        model = replace(model, tied_head=True)
+    with torch.device("meta"):
+        text = [
+            (EMBEDDINGS_DATA, Embeddings(model)),
+            (DECODER_DATA, Decoder(model, context=1, kv_dtype="float32")),
+        ]
+        ears = [] if audio is None else [(AUDIO_DATA, AudioEncoder(audio))]
+    columns = {LAYER_TABLE: model.geometry.num_hidden_layers} | dict(scale_columns or {})
+    weights, small = _weights(text, model, profile, recipe, columns)
+    audio_weights, audio_small = _weights(ears, model, profile, recipe, columns)
+    matrices = weights + audio_weights
+    check_matches(
+        recipe, [weight.name for weight in matrices], [weight.name for weight in matrices if weight.held]
+    )
+    folded = {name: shape for _, encoder in ears for name, shape in encoder.constants.reads.items()}
+    audio_bytes = 0 if audio is None else _audio_bytes(audio, audio_weights, audio_small)
     head = TOKEN_TABLE if model.tied_head else HEAD
     dtype = kv_dtype or profile.kv_cache.dtype
 
     def at(tokens: int) -> tuple[Caches, Memory]:
         caches = plan_caches(model, context=tokens, sliding_slack=profile.kv_cache.sliding_slack, dtype=dtype)
-        return caches, _predict(model, profile, weights, small, caches, head)
+        return caches, _predict(model, profile, weights, small, caches, head, audio_bytes)
 
     caches, memory = at(context)
     budget = profile.memory.budget_mib << 20
     if total_bytes(memory) > budget:
         fits = _largest_context(lambda tokens: total_bytes(at(tokens)[1]) <= budget, context)
         raise BudgetError(_over_budget(profile, memory, context, fits))
-    return Plan(weights, small, caches, memory, head)
+    return Plan(weights + audio_weights, small | audio_small, folded, caches, memory, head)
 
 
 class BudgetError(GemmaEdgeError):
@@ -110,18 +166,20 @@ class BudgetError(GemmaEdgeError):
 
 def total_bytes(memory: Memory) -> int:
     """What counts against the budget: mapped tables do not, the system may drop their pages at any time."""
-    return memory.weights_bytes + memory.kv_bytes + memory.overhead_bytes
+    return memory.weights_bytes + memory.kv_bytes + memory.overhead_bytes + memory.audio_bytes
 
 
 def _weights(
-    model: TextModel, profile: DeviceProfile, recipe: Recipe
+    modules: Sequence[tuple[str, nn.Module]],
+    model: TextModel,
+    profile: DeviceProfile,
+    recipe: Recipe,
+    columns: Mapping[str, int],
 ) -> tuple[tuple[PlannedWeight, ...], dict[str, tuple[int, ...]]]:
-    with torch.device("meta"):
-        embeddings = Embeddings(model)
-        decoder = Decoder(model, context=1, kv_dtype="float32")
+    """The matrices and the small tensors of modules, each with its data file."""
     weights: list[PlannedWeight] = []
     small: dict[str, tuple[int, ...]] = {}
-    for file, module in ((EMBEDDINGS_DATA, embeddings), (DECODER_DATA, decoder)):
+    for file, module in modules:
         for prefix, part in module.named_modules():
             own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
             for suffix, tensor in own:
@@ -129,14 +187,28 @@ def _weights(
                 if name.startswith("constants.") or (name == HEAD and model.tied_head):
                     continue
                 shape = tuple(tensor.shape)
-                if isinstance(part, ops.Linear | ops.Table):
-                    storage = decide(recipe, profile, name, shape[1])
-                    weights.append(PlannedWeight(name, shape, storage, file, isinstance(part, ops.Table)))
+                if isinstance(part, ops.Linear | ops.Table) and suffix == "weight":
+                    is_table = isinstance(part, ops.Table)
+                    held = _held(model, name, shape, is_table, columns)
+                    only_looked_up = is_table and not (name == TOKEN_TABLE and model.tied_head)
+                    storage = decide(recipe, profile, name, shape[1], held=held, is_table=only_looked_up)
+                    weights.append(PlannedWeight(name, shape, storage, file, is_table, held))
                 else:
                     small[name] = shape
     for weight in weights:
         _refuse_padded_table(weight)
     return tuple(weights), small
+
+
+def _held(
+    model: TextModel, name: str, shape: tuple[int, int], is_table: bool, columns: Mapping[str, int]
+) -> Held | None:
+    if model.quantization is None:
+        return None
+    held = model.quantization.held(name, is_table=is_table, columns=columns.get(name, 1))
+    if held is not None and shape[1] % held.columns:
+        raise ConfigError(f"{held.scales} has {held.columns} scales for a row of {shape[1]} values")
+    return held
 
 
 def _refuse_padded_table(weight: PlannedWeight) -> None:
@@ -156,11 +228,12 @@ def _predict(
     small: Mapping[str, tuple[int, ...]],
     caches: Caches,
     head: str,
+    audio_bytes: int,
 ) -> Memory:
     small_bytes = sum(4 * math.prod(shape) for shape in small.values())
     multiplied = [weight for weight in weights if not weight.is_table or weight.name == head]
     tables = [weight for weight in weights if weight.is_table]
-    in_memory = sum(weight.size_bytes for weight in multiplied) + small_bytes
+    in_memory = sum(weight.resident_bytes for weight in multiplied) + small_bytes
     return Memory(
         weights_bytes=in_memory,
         mapped_bytes=sum(weight.size_bytes for weight in tables) + _rope_bytes(model, caches.context),
@@ -169,7 +242,20 @@ def _predict(
         + _activation_bytes(model, profile.prefill_chunk, caches.context)
         + _cache_copy_bytes(caches, profile.execution_provider),
         read_per_token_bytes=in_memory + sum(weight.size_bytes // weight.shape[0] for weight in tables),
+        audio_bytes=audio_bytes,
     )
+
+
+def _audio_bytes(
+    audio: AudioModel, weights: tuple[PlannedWeight, ...], small: Mapping[str, tuple[int, ...]]
+) -> int:
+    """Weights, constants, state and activations of the audio encoder's session."""
+    stored = sum(weight.size_bytes for weight in weights) + sum(4 * math.prod(s) for s in small.values())
+    relative_keys = 4 * audio.num_layers * audio.hidden_size * (audio.left_tokens + 1)
+    state = 4 * sum(math.prod(tensor.shape) for tensor in audio.state)
+    subsampled = AUDIO_CALL_TOKENS * FRAMES_PER_TOKEN // 2 * audio.half_bins * audio.channels[0]
+    inner = AUDIO_CALL_TOKENS * 4 * audio.hidden_size
+    return stored + relative_keys + 2 * state + 4 * AUDIO_LIVE * (subsampled + inner)
 
 
 def _cache_copy_bytes(caches: Caches, provider: str) -> int:
@@ -217,12 +303,15 @@ def _over_budget(profile: DeviceProfile, memory: Memory, context: int, fits: int
     parts = (
         f"weights {mib(memory.weights_bytes)}, caches of {context} tokens {mib(memory.kv_bytes)}, "
         f"rest {mib(memory.overhead_bytes)}"
+        + (f", audio encoder {mib(memory.audio_bytes)}" if memory.audio_bytes else "")
     )
     advice = (
         f"--context {fits} would fit"
         if fits
         else "no context fits: take a smaller model, a recipe with fewer bits, or a device with more memory"
     )
+    if memory.audio_bytes:
+        advice += "; --no-audio leaves the audio encoder out"
     return (
         f"{profile.name} grants {profile.memory.budget_mib} MiB, this bundle needs "
         f"{mib(total_bytes(memory))} ({parts}); {advice}"

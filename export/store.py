@@ -1,9 +1,15 @@
-"""Streams weights from a checkpoint into external data files, quantized on the way, chunk by chunk."""
+"""Streams weights from a checkpoint into external data files, quantized on the way, piece by piece.
+
+Where every byte goes is known beforehand, so pieces are done in any order, by as many processes as there are
+CPUs: while one waits for the disk, another computes.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -13,11 +19,15 @@ import numpy as np
 import onnx_ir as ir
 
 from ..runtime.bundle import Quantized
-from .checkpoint import Checkpoint
+from ..runtime.machine import usable_cpus
+from .checkpoint import Checkpoint, TensorEntry
+from .pieces import PIECE_VALUES, Done, Piece, process
 from .plan import PlannedWeight
-from .quantize import quantize_rows
+from .qat_rows import HeldTensors, find_held
+from .workers import Workers
 
 ALIGNMENT_BYTES = 4096  # a page: the runtime maps the files
+WORTH_PROCESSES = 1 << 27  # weights; fewer are done sooner than processes start
 
 Progress = Callable[[str, int], None]  # name of the tensor at hand, weights done since the last call
 
@@ -29,6 +39,7 @@ class DataFile:
         self.path = path
         self._file: BinaryIO | None = None
         self._end = 0
+        self._added: dict[tuple[bytes, str, tuple[int, ...]], int] = {}
 
     def __enter__(self) -> DataFile:
         self._file = self.path.open("wb")
@@ -66,9 +77,12 @@ class DataFile:
         )
 
     def add(self, name: str, values: np.ndarray) -> ir.ExternalTensor:
-        """Write a whole array."""
-        offset = self.reserve(values.nbytes)
-        self.write(offset, values)
+        """Write a whole array, unless one like it is there: two graphs may share a file."""
+        key = (hashlib.sha256(np.ascontiguousarray(values)).digest(), values.dtype.str, values.shape)
+        offset = self._added.get(key)
+        if offset is None:
+            offset = self._added[key] = self.reserve(values.nbytes)
+            self.write(offset, values)
         return self.tensor(name, offset, ir.DataType.from_numpy(values.dtype), values.shape)
 
 
@@ -83,34 +97,99 @@ class StoredWeight:
     report: Quantized | None
 
 
-def store_weight(
-    file: DataFile, checkpoint: Checkpoint, planned: PlannedWeight, progress: Progress
-) -> StoredWeight:
-    """Read, quantize as planned and write one matrix."""
-    storage = planned.storage
-    data_offset = file.reserve(planned.data_bytes)
-    scale_offset = None if storage.bits == 32 else file.reserve(planned.scale_bytes)
-    position, scale_position = data_offset, scale_offset
-    squared_error = squared_norm = 0.0
-    for rows in checkpoint.rows(planned.name):
-        if scale_position is None:
-            file.write(position, rows)
-        else:
-            result = quantize_rows(rows, bits=storage.bits, block=storage.block, method=storage.method)
-            file.write(position, result.packed)
-            file.write(scale_position, result.scales)
-            scale_position += result.scales.nbytes
-            squared_error += result.squared_error
-            squared_norm += result.squared_norm
-        position += len(rows) * planned.row_bytes
-        progress(planned.name, rows.size)
-    report = None
-    if scale_offset is not None:
-        report = Quantized(
-            tensor=planned.name,
-            bits=storage.bits,
-            block_size=storage.block,
-            method=storage.method,
-            relative_error=math.sqrt(squared_error / squared_norm) if squared_norm else 0.0,
+def store_weights(
+    files: Mapping[str, DataFile],
+    checkpoint: Checkpoint,
+    weights: Sequence[PlannedWeight],
+    progress: Progress,
+    *,
+    workers: int | None = None,
+) -> dict[str, StoredWeight]:
+    """Read, quantize as planned and write matrices.
+
+    files: by the name that the plan has. workers: processes, 0 for none; by default one for each CPU if there
+    is work for them.
+    """
+    regions = {weight.name: _reserve(files[weight.file], weight) for weight in weights}
+    if workers is None:
+        values = sum(math.prod(weight.shape) for weight in weights)
+        workers = usable_cpus() if values >= WORTH_PROCESSES else 0
+    errors, norms = (dict.fromkeys(regions, 0.0) for _ in range(2))
+    pieces = (
+        (region.planned.name, piece)
+        for region in regions.values()
+        for piece in _pieces(_source(checkpoint, region.planned), region)
+    )
+    with contextlib.closing(_process(pieces, workers)) as results:
+        for name, done in results:
+            errors[name] += done.squared_error
+            norms[name] += done.squared_norm
+            progress(name, done.values)
+    return {
+        name: StoredWeight(
+            region.planned,
+            region.file,
+            region.data_offset,
+            region.scale_offset,
+            _report(region.planned, errors[name], norms[name]),
         )
-    return StoredWeight(planned, file, data_offset, scale_offset, report)
+        for name, region in regions.items()
+    }
+
+
+@dataclass(frozen=True)
+class _Region:
+    """Where a weight goes."""
+
+    planned: PlannedWeight
+    file: DataFile
+    data_offset: int
+    scale_offset: int | None
+
+
+def _reserve(file: DataFile, planned: PlannedWeight) -> _Region:
+    data_offset = file.reserve(planned.data_bytes)
+    scale_offset = None if planned.storage.is_float else file.reserve(planned.scale_bytes)
+    return _Region(planned, file, data_offset, scale_offset)
+
+
+def _source(checkpoint: Checkpoint, planned: PlannedWeight) -> TensorEntry | HeldTensors:
+    if planned.held is None:
+        return checkpoint.entry(planned.name)
+    return find_held(checkpoint, planned.held)
+
+
+def _pieces(source: TensorEntry | HeldTensors, region: _Region) -> Iterator[Piece]:
+    planned = region.planned
+    rows, width = planned.shape
+    step = max(1, PIECE_VALUES // width)
+    for first in range(0, rows, step):
+        position = region.data_offset + first * planned.row_bytes
+        scale_position = region.scale_offset
+        if scale_position is not None:
+            scale_position += first * (planned.scale_bytes // rows)
+        count = min(step, rows - first)
+        yield Piece(source, first, count, width, planned.storage, region.file.path, position, scale_position)
+
+
+def _process(pieces: Iterable[tuple[str, Piece]], workers: int) -> Generator[tuple[str, Done]]:
+    """Each piece's result beside its weight's name, in order."""
+    if not workers:
+        for name, piece in pieces:
+            yield name, process(piece)
+        return
+    with Workers(workers) as pool:
+        yield from pool.map(pieces)
+
+
+def _report(planned: PlannedWeight, squared_error: float, squared_norm: float) -> Quantized | None:
+    storage = planned.storage
+    if storage.is_float:
+        return None
+    return Quantized(
+        tensor=planned.name,
+        bits=storage.bits,
+        block_size=storage.block,
+        method=storage.method,
+        relative_error=math.sqrt(squared_error / squared_norm) if squared_norm else 0.0,
+    )

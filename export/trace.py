@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,8 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .. import __version__
 from ..runtime.bundle import Caches
+from .audio_geometry import AudioModel
 from .geometry import TextModel
-from .modules.constants import Make
+from .modules.audio import AudioEncoder
+from .modules.constants import Constants, Make
 from .modules.decoder import Decoder
 from .modules.embeddings import Embeddings
 
@@ -76,7 +78,7 @@ def trace_decoder(model: TextModel, caches: Caches) -> Traced:
     names = ["inputs_embeds", *(["per_layer_inputs"] if width else []), "attention_mask", "position_ids"]
     cache_names = [f"{cache.index}.{part}" for cache in caches.layers for part in ("key", "value")]
     _name_decoder(graph, names, cache_names)
-    return Traced(graph, _makers(module))
+    return Traced(graph, _makers(module.constants))
 
 
 def trace_embeddings(model: TextModel) -> Traced:
@@ -90,6 +92,29 @@ def trace_embeddings(model: TextModel) -> Traced:
         value.name = name
     _finish(graph, "embeddings")
     return Traced(graph, {})
+
+
+def trace_audio(model: AudioModel, streaming: bool) -> Traced:
+    """Log-mel frames to soft tokens: a whole clip, or one chunk after the state of those before it."""
+    with _fake_tensors():
+        module = AudioEncoder(model).eval().requires_grad_(False)
+        dtypes = {"float32": torch.float32, "int64": torch.int64}
+        past = [torch.zeros(tensor.shape, dtype=dtypes[tensor.dtype]) for tensor in model.state]
+        # No formula ties the number of soft tokens to that of frames: tracing would make guards of it.
+        frames = torch.export.Dim("frames", min=5, max=2**20)  # under 5 a dimension is 1: graphs take it too
+        tokens, blocks = (torch.export.Dim(name, min=2, max=2**20) for name in ("tokens", "blocks"))
+        stand_ins = (torch.zeros(29), torch.zeros(3))
+        example = (torch.zeros(1, 113, model.mel_bins), past if streaming else None, stand_ins)
+        state_dims = [{} for _ in past] if streaming else None
+        graph = _export(module, example, ({1: frames}, state_dims, ({0: tokens}, {0: blocks})))
+    _remove_inputs(graph.graph, graph.graph.inputs[-2:])
+    graph.graph.inputs[0].name = "input_features"
+    graph.graph.outputs[0].name = "soft_tokens"
+    for values, prefix in ((graph.graph.inputs, "past"), (graph.graph.outputs, "present")):
+        for value, tensor in zip(values[1:], model.state, strict=streaming):
+            value.name = f"{prefix}.{tensor.name}"
+    _finish(graph, "audio")
+    return Traced(graph, _makers(module.constants))
 
 
 @contextmanager
@@ -115,8 +140,8 @@ def _export(module: nn.Module, example: tuple, dynamic: tuple) -> ir.Model:
     return exported.model
 
 
-def _makers(module: Decoder) -> dict[str, Make]:
-    return {f"constants.{name}": make for name, make in module.constants.makers.items()}
+def _makers(constants: Constants) -> dict[str, Make]:
+    return {f"constants.{name}": make for name, make in constants.makers.items()}
 
 
 def _name_decoder(model: ir.Model, names: list[str], cache_names: list[str]) -> None:
@@ -131,13 +156,19 @@ def _name_decoder(model: ir.Model, names: list[str], cache_names: list[str]) -> 
     for value, name in zip(graph.outputs[1:], cache_names, strict=True):
         value.name = f"present.{name}"
     graph.outputs[0].name = "logits"
-    if rows.uses():
-        raise AssertionError("the stand-in for the number of kept rows became data of the graph")
-    graph.inputs.remove(rows)
+    _remove_inputs(graph, [rows])
     keep.name = KEEP
     keep.const_value = ir.tensor([1], dtype=ir.DataType.INT64, name=keep.name)
     graph.initializers[keep.name] = keep  # an input with a default: callers may leave it out
     _finish(model, "decoder")
+
+
+def _remove_inputs(graph: ir.Graph, stand_ins: Sequence[ir.Value]) -> None:
+    """Drop the inputs that stood for a dimension while tracing."""
+    for value in stand_ins:
+        if value.uses():
+            raise AssertionError(f"{value.name}, which stands for a dimension, became data of the graph")
+        graph.inputs.remove(value)
 
 
 def _finish(model: ir.Model, prefix: str) -> None:

@@ -102,6 +102,53 @@ class Quantized(Struct, frozen=True):
     relative_error: float  # |W - Wq|_F / |W|_F
 
 
+class MelSettings(Struct, frozen=True):
+    """How samples become log-mel frames: the checkpoint's feature extractor, in samples instead of milliseconds."""
+
+    sampling_rate: int  # Hz
+    bins: int
+    frame_length: int  # samples
+    hop_length: int  # samples
+    fft_length: int  # samples, frames are padded to it
+    min_frequency: float  # Hz
+    max_frequency: float  # Hz
+    mel_floor: float  # added before the logarithm
+    preemphasis: float
+    preemphasis_htk_flavor: bool
+    input_scale_factor: float
+    per_bin_mean: tuple[float, ...] | None
+    per_bin_stddev: tuple[float, ...] | None
+
+
+class StateTensor(Struct, frozen=True):
+    """One tensor that a chunk of streamed audio hands to the next: zeros before the first."""
+
+    name: str  # `past.{name}` is an input of the streaming graph, `present.{name}` the output
+    shape: tuple[int, ...]
+    dtype: Literal["float32", "int64"]
+
+
+class AudioTokens(Struct, frozen=True):
+    """Token ids around and in place of soft tokens."""
+
+    placeholder: int  # one for each soft token
+    begin: int
+    end: int
+
+
+class Audio(Struct, frozen=True):
+    """The audio encoder: log-mel frames to soft tokens, which go in place of their placeholders."""
+
+    hidden_size: int  # of a soft token; the text model's
+    frames_per_token: int  # log-mel frames
+    tokens_per_s: float  # soft tokens of a second of sound
+    max_tokens: int  # of a clip, as the checkpoint's processor caps it
+    chunk_tokens: int  # of one call of the streaming graph, by default; any number is right
+    mel: MelSettings
+    tokens: AudioTokens
+    state: tuple[StateTensor, ...]  # of the streaming graph
+
+
 class Memory(Struct, frozen=True):
     """Predicted memory of a running engine, in bytes."""
 
@@ -110,6 +157,7 @@ class Memory(Struct, frozen=True):
     kv_bytes: int
     overhead_bytes: int  # interpreter, libraries, activations of one prefill chunk
     read_per_token_bytes: int  # weights read for one decoded token
+    audio_bytes: int = 0  # of the audio encoder, held while it is open
 
 
 class FileEntry(Struct, frozen=True):
@@ -135,6 +183,7 @@ class Manifest(Struct, frozen=True):
     memory: Memory
     files: dict[str, FileEntry]
     versions: dict[str, str]  # package -> version that made the bundle
+    audio: Audio | None = None  # None: the model has no ears
 
 
 @dataclass(frozen=True)
@@ -151,6 +200,16 @@ class Bundle:
     @property
     def embeddings(self) -> Path:
         return self.path / "embeddings.onnx"
+
+    @property
+    def audio_encoder(self) -> Path:
+        """A whole clip at once."""
+        return self.path / "audio_encoder.onnx"
+
+    @property
+    def audio_encoder_stream(self) -> Path:
+        """Chunk by chunk; the same weights."""
+        return self.path / "audio_encoder_stream.onnx"
 
     @property
     def name(self) -> str:

@@ -18,6 +18,7 @@ class Constants(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.makers: dict[str, Make] = {}
+        self.reads: dict[str, tuple[int, ...]] = {}  # tensors that makers read and no graph holds as they are
 
     def declare(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, make: Make) -> None:
         if name not in self.makers:

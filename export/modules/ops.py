@@ -74,6 +74,39 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     )
 
 
+def layer_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """(x - mean) / deviation * weight over the last axis."""
+    return symbolic(
+        "LayerNormalization",
+        (x, weight),
+        attrs=dict(axis=-1, epsilon=eps, stash_type=1),
+        dtype=x.dtype,
+        shape=x.shape,
+        version=17,
+    )
+
+
+def strided_convolution(x: Tensor, weight: Tensor) -> Tensor:
+    """x (1, channels, 1 + rows, width), kernel 3, stride 2: the first row is the left neighbour of the others.
+
+    Zeros stand after the last row and on both sides of the width. (1, channels out, rows / 2, width / 2), rounded up.
+    """
+    shape = (x.shape[0], weight.shape[0], x.shape[2] // 2, (x.shape[3] + 1) // 2)
+    attributes = dict(kernel_shape=[3, 3], strides=[2, 2], pads=[0, 1, 1, 1])
+    return symbolic("Conv", (x, weight), attrs=attributes, dtype=x.dtype, shape=shape, version=11)
+
+
+def matmul(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y, y broadcast to x: torch would decompose it into products of flattened copies."""
+    shape = (*x.shape[:-1], y.shape[-1])
+    return symbolic("MatMul", (x, y), dtype=x.dtype, shape=shape, version=13)
+
+
+def clip(x: Tensor, least: Tensor, most: Tensor) -> Tensor:
+    """Between two scalars."""
+    return symbolic("Clip", (x, least, most), dtype=x.dtype, shape=x.shape, version=13)
+
+
 def reshape(x: Tensor, target: Tensor, shape: Shape) -> Tensor:
     """ONNX Reshape: a 0 in `target` keeps that dimension, so no shape is computed at run time."""
     return symbolic("Reshape", (x, target), dtype=x.dtype, shape=shape, version=21)
@@ -108,6 +141,13 @@ def dimension(x: Tensor, axis: int) -> Tensor:
     return symbolic(
         "Shape", (x,), attrs=dict(start=axis, end=axis + 1), dtype=torch.int64, shape=(1,), version=21
     )
+
+
+def integer_range(limit: Tensor, step: int, count: int | torch.SymInt) -> Tensor:
+    """0, step, 2 step, … below `limit` (1,) int64; said to be `count` numbers."""
+    scalar = limit.squeeze(0)
+    zero, delta = torch.zeros((), dtype=torch.int64), torch.full((), step, dtype=torch.int64)
+    return symbolic("Range", (zero, scalar, delta), dtype=torch.int64, shape=(count,), version=11)
 
 
 def integer_division(x: Tensor, y: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
+from .tiny_audio import processor_fields, random_audio_encoder
+
 SPECIAL_TOKENS = [
     *("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>"),
     *(
@@ -77,13 +79,14 @@ def write_tiny_checkpoint(
     layout: str = "text",
     shards: int = 1,
     dtype: torch.dtype = torch.float32,
+    audio: dict[str, Any] | None = None,
     **overrides: Any,
 ) -> Path:
     """Write config, weights and tokenizer to `folder` and return it.
 
     layout: "text" is a Gemma4TextConfig with names `model.…`; "multimodal" is a Gemma4Config with names
-    `model.language_model.…`, dead k/v weights of the shared layers and a few audio tower tensors, as on the
-    Hub.
+    `model.language_model.…`, dead k/v weights of the shared layers and vision tensors, as on the Hub.
+    audio: fields of Gemma4AudioConfig, see `tiny_audio`: the checkpoint (then multimodal) has an audio encoder.
     overrides: fields of Gemma4TextConfig.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,10 +95,18 @@ def write_tiny_checkpoint(
     weights = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         del weights["lm_head.weight"]
-    if layout == "multimodal":
+    if layout == "multimodal" or audio is not None:
         weights = _as_on_the_hub(weights, config, dtype)
+    if audio is not None:
+        encoder = random_audio_encoder(audio, config.hidden_size, seed)
+        weights |= {f"model.{name}": tensor.to(dtype) for name, tensor in encoder.state_dict().items()}
     _write_weights(folder, weights, shards)
-    _write_config(folder, config, layout, dtype, overrides)
+    if layout == "text" and audio is None:
+        _write_json(
+            folder / "config.json", _text_fields(config, dtype) | dict(architectures=["Gemma4ForCausalLM"])
+        )
+    else:
+        _write_multimodal_config(folder, config, dtype, overrides, audio)
     write_tokenizer_files(folder, config.vocab_size)
     return folder
 
@@ -224,14 +235,8 @@ def _as_on_the_hub(
         renamed[prefix + "k_proj.weight"] = torch.ones(kv_size, config.hidden_size, dtype=dtype)
         renamed[prefix + "v_proj.weight"] = torch.ones(kv_size, config.hidden_size, dtype=dtype)
         renamed[prefix + "k_norm.weight"] = torch.ones(layer.head_dim, dtype=dtype)
-    renamed["model.audio_tower.layers.0.feed_forward1.ffw_layer_1.linear.weight"] = torch.ones(
-        8, 8, dtype=dtype
-    )
-    renamed["model.audio_tower.layers.0.feed_forward1.ffw_layer_1.input_min"] = torch.tensor(
-        -1.0, dtype=dtype
-    )
     renamed["model.vision_tower.patch_embedder.input_proj.weight"] = torch.ones(8, 8, dtype=dtype)
-    renamed["model.embed_audio.embedding_projection.weight"] = torch.ones(8, 8, dtype=dtype)
+    renamed["model.embed_vision.embedding_projection.weight"] = torch.ones(8, 8, dtype=dtype)
     return renamed
 
 
@@ -254,13 +259,18 @@ def _write_weights(folder: Path, weights: dict[str, torch.Tensor], shards: int) 
     )
 
 
-def _write_config(
-    folder: Path, config: Gemma4TextConfig, layout: str, dtype: torch.dtype, overrides: dict[str, Any]
+def _text_fields(config: Gemma4TextConfig, dtype: torch.dtype) -> dict[str, Any]:
+    return config.to_dict() | dict(dtype=str(dtype).removeprefix("torch."))
+
+
+def _write_multimodal_config(
+    folder: Path,
+    config: Gemma4TextConfig,
+    dtype: torch.dtype,
+    overrides: dict[str, Any],
+    audio: dict[str, Any] | None,
 ) -> None:
-    text = config.to_dict() | dict(dtype=str(dtype).removeprefix("torch."))
-    if layout == "text":
-        _write_json(folder / "config.json", text | dict(architectures=["Gemma4ForCausalLM"]))
-        return
+    text = _text_fields(config, dtype)
     # The Hub's files name the full-attention layers' sizes in these two fields.
     text.pop("per_layer_config", None)
     text["global_head_dim"] = overrides.get("global_head_dim", 32)
@@ -273,11 +283,16 @@ def _write_config(
             dtype=text["dtype"],
             tie_word_embeddings=True,
             eos_token_id=config.eos_token_id,
-            audio_config=dict(model_type="gemma4_audio"),
+            audio_config=None if audio is None else audio | dict(model_type="gemma4_audio"),
+            audio_token_id=_token("<|audio|>"),
+            boa_token_id=_token("<|audio>"),
+            eoa_token_index=_token("<audio|>"),
             vision_config=dict(model_type="gemma4_vision"),
             text_config=text,
         ),
     )
+    if audio is not None:
+        _write_json(folder / "processor_config.json", processor_fields(audio))
 
 
 def _write_json(path: Path, data: Any) -> None:
