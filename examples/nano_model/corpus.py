@@ -65,16 +65,6 @@ def random_dialogue(rng: random.Random) -> tuple[Messages, list[dict[str, Any]]]
     return random_commands(rng)
 
 
-def names_dialogue(rng: random.Random) -> tuple[Messages, list[dict[str, Any]]]:
-    """(messages, tools) of one dialogue of the second stage: many names to copy in little text."""
-    kind = rng.random()
-    if kind < 0.25:
-        return question_dialogue(rng, random_window(rng, max_sensors=4), turns=rng.randint(4, 10)), []
-    if kind < 0.75:
-        return random_dialogue(rng)
-    return random_commands(rng)
-
-
 def summary_dialogue(rng: random.Random, window: Window) -> Messages:
     """A window, its summary, and sometimes questions about it."""
     summary = reference_summary(window)
@@ -111,12 +101,12 @@ def _spoilt(rng: random.Random, summary: Summary) -> Summary:
     return msgspec.structs.replace(summary, severity=(summary.severity + rng.choice([1, 2])) % 3)
 
 
-def question_dialogue(rng: random.Random, window: Window, turns: int | None = None) -> Messages:
-    """A window and one to five questions about it (or `turns`), the first in the same message."""
+def question_dialogue(rng: random.Random, window: Window) -> Messages:
+    """A window and one to five questions about it, the first in the same message."""
     messages: Messages = []
     if system := rng.choice(_QUESTION_SYSTEMS):
         messages.append({"role": "system", "content": system})
-    for turn in range(turns or rng.randint(1, 5)):
+    for turn in range(rng.randint(1, 5)):
         messages += _question_turn(rng, window)
         if turn == 0:
             messages[-2]["content"] = f"{render_window(window)}\n\n{messages[-2]['content']}"

@@ -1,6 +1,6 @@
 """Train the nano model on the corpus, on one NVIDIA GPU, and write the checkpoint.
 
-    python -m gemma_edge.examples.nano_model.train OUT --tokenizer models/nano --steps 9000
+    python -m gemma_edge.examples.nano_model.train OUT --tokenizer models/nano --steps 5500
 
 The corpus is drawn while training: no dialogue comes twice. The weights are transformers' own modules; only
 the walk through them is written here (`forward`, held against transformers in the tests), so that it compiles
@@ -25,23 +25,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import Gemma4ForCausalLM
 
-from .corpus import Encoder, names_dialogue, random_dialogue
+from .corpus import Encoder, random_dialogue
 from .model import load_weights, new_model, save_model
 
 ROW = 1536  # tokens; longer dialogues are left out
 ROWS = 40  # a batch
 
-Draw = Callable[[random.Random], tuple[list[dict[str, Any]], list[dict[str, Any]]]]
-STAGES: dict[str, Draw] = {"all": random_dialogue, "names": names_dialogue}
-
 
 class Batches(IterableDataset[dict[str, Tensor]]):
     """Endless batches of packed rows; each worker draws its own, seeded, dialogues."""
 
-    def __init__(
-        self, folder: Path, seed: int, rows: int = ROWS, row: int = ROW, draw: Draw = random_dialogue
-    ) -> None:
-        self.folder, self.seed, self.rows, self.row, self.draw = folder, seed, rows, row, draw
+    def __init__(self, folder: Path, seed: int, rows: int = ROWS, row: int = ROW) -> None:
+        self.folder, self.seed, self.rows, self.row = folder, seed, rows, row
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         worker = get_worker_info()
@@ -58,7 +53,7 @@ class Batches(IterableDataset[dict[str, Tensor]]):
                 used, number = 0, 0
                 while True:
                     while len(waiting) < 12:
-                        waiting.append(encoder.encode(*self.draw(rng)))
+                        waiting.append(encoder.encode(*random_dialogue(rng)))
                     fitting = [i for i, (tokens, _) in enumerate(waiting) if len(tokens) <= self.row - used]
                     if not fitting:
                         waiting = [item for item in waiting if len(item[0]) <= self.row]
@@ -234,7 +229,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         load_weights(model, args.init)
     model.to(device)
     optimizer = optimizer_of(model, args.learning_rate, args.table_factor)
-    batches = Batches(args.tokenizer, args.seed, args.rows, args.row, STAGES[args.stage])
+    batches = Batches(args.tokenizer, args.seed, args.rows, args.row)
     loader = DataLoader(batches, batch_size=None, num_workers=args.workers, pin_memory=device == "cuda")
     step_layer = torch.compile(layer_step, dynamic=False) if args.compile else layer_step
     rounded = RoundedWeights(model)
@@ -275,7 +270,6 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         "steps": tokens // (args.rows * args.row),
         "tokens": tokens,
         "seed": args.seed,
-        "stage": args.stage,
         "init": args.init.name if args.init else None,
         "learning_rate": args.learning_rate,
         "batch_tokens": args.rows * args.row,
@@ -298,11 +292,10 @@ def main() -> None:
     parser.add_argument(
         "--tokenizer", type=Path, required=True, help="folder with tokenizer and chat template"
     )
-    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--steps", type=int, default=5500)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--max-seconds", type=float, default=1e9)
     parser.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
-    parser.add_argument("--stage", choices=STAGES, default="all", help="which dialogues: see corpus.py")
     parser.add_argument("--seed", type=int, default=20)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument(
