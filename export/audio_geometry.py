@@ -77,7 +77,7 @@ class AudioModel:
 
     @property
     def state(self) -> tuple[StateTensor, ...]:
-        """What one chunk hands to the next, zeros before the first: `past.{name}` in, `present.{name}` out."""
+        """What one chunk hands to the next: `past.{name}` in, `present.{name}` out, zeros first."""
         layers = [
             tensor
             for index in range(self.num_layers)

@@ -1,7 +1,7 @@
-"""Describes the audio encoder for the manifest: the checkpoint's feature extractor, its token ids, its limits.
+"""Describes the audio encoder for the manifest: the checkpoint's feature extractor, token ids and limits.
 
-The feature extractor is read as transformers reads it: processor_config.json first, preprocessor_config.json next, and
-transformers' defaults for what neither says.
+The feature extractor is read as transformers reads it: processor_config.json first, preprocessor_config.json
+next, and transformers' defaults for what neither says.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def describe_audio(model: AudioModel, config: dict[str, Any], folder: Path, *, v
     if mel.bins != model.mel_bins:
         raise ConfigError(
             f"{folder}: the feature extractor makes {mel.bins} log-mel bins, audio_config's "
-            f"subsampling_conv_channels {list(model.channels)} take {model.mel_bins}; they do not belong together"
+            f"subsampling_conv_channels {list(model.channels)} take {model.mel_bins}; "
+            "they do not belong together"
         )
     return Audio(
         hidden_size=model.text_hidden_size,
@@ -112,11 +113,11 @@ class _Reader:
         return float(value)
 
     def samples(self, key: str, rate: int) -> int:
-        """A length given in milliseconds. A saved extractor also says it in samples, which transformers ignores."""
+        """A length given in milliseconds. Saved extractors say it in samples, which transformers ignores."""
         length = round(rate * self.number(f"{key}_ms", above=0) / 1000)
         if (said := self._given.get(key, length)) != length:
             raise ConfigError(
-                f"{self._where}: {key} is {said!r}, but transformers takes {key}_ms and comes to {length} samples; "
+                f"{self._where}: {key} is {said!r}, but transformers takes {key}_ms and comes to {length}; "
                 "write the milliseconds"
             )
         if length < 1:

@@ -105,7 +105,7 @@ def trace_audio(model: AudioModel, streaming: bool) -> Traced:
         tokens, blocks = (torch.export.Dim(name, min=2, max=2**20) for name in ("tokens", "blocks"))
         stand_ins = (torch.zeros(29), torch.zeros(3))
         example = (torch.zeros(1, 113, model.mel_bins), past if streaming else None, stand_ins)
-        state_dims = [{} for _ in past] if streaming else None
+        state_dims: list[dict] | None = [{} for _ in past] if streaming else None
         graph = _export(module, example, ({1: frames}, state_dims, ({0: tokens}, {0: blocks})))
     _remove_inputs(graph.graph, graph.graph.inputs[-2:])
     graph.graph.inputs[0].name = "input_features"

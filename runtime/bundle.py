@@ -103,7 +103,7 @@ class Quantized(Struct, frozen=True):
 
 
 class MelSettings(Struct, frozen=True):
-    """How samples become log-mel frames: the checkpoint's feature extractor, in samples instead of milliseconds."""
+    """How samples become log-mel frames: the checkpoint's feature extractor, with lengths in samples."""
 
     sampling_rate: int  # Hz
     bins: int

@@ -1,7 +1,7 @@
-"""The audio encoder graph: log-mel frames in, soft tokens out; parameters have the checkpoint's canonical names.
+"""The audio encoder graph: log-mel frames in, soft tokens out, under the checkpoint's canonical names.
 
-M new log-mel frames become T = ceil(ceil(M / 2) / 2) soft tokens. One code serves both graphs: the whole-clip one
-starts from a state of zeros, the streaming one takes it as inputs and returns the next. Every chunk but a
+M new log-mel frames become T = ceil(ceil(M / 2) / 2) soft tokens. One code serves both graphs: the whole-clip
+one starts from a state of zeros, the streaming one takes it as inputs and returns the next. Every chunk but a
 clip's last must have a multiple of four frames: then no convolution looks beyond the chunk, and the zeros
 after the last frame are those that the reference pads with.
 """

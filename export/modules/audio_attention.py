@@ -1,7 +1,7 @@
-"""Attention of the audio encoder: each token sees itself and `left_tokens` before it, with a bias by distance.
+"""Attention of the audio encoder: a token sees itself and `left_tokens` before it, with a bias by distance.
 
-The reference attends in blocks of a clip; what a token sees does not depend on where blocks begin. So a chunk that
-starts anywhere is cut into blocks of B queries, each with the C = left_tokens + B keys that they may see.
+The reference attends in blocks of a clip; what a token sees does not depend on where blocks begin. So a chunk
+that starts anywhere is cut into blocks of B queries, each with the C = left_tokens + B keys that they see.
 """
 
 from __future__ import annotations

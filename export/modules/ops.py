@@ -87,9 +87,10 @@ def layer_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def strided_convolution(x: Tensor, weight: Tensor) -> Tensor:
-    """x (1, channels, 1 + rows, width), kernel 3, stride 2: the first row is the left neighbour of the others.
+    """x (1, channels, 1 + rows, width), kernel 3, stride 2: the first row is the others' left neighbour.
 
-    Zeros stand after the last row and on both sides of the width. (1, channels out, rows / 2, width / 2), rounded up.
+    Zeros stand after the last row and on both sides of the width. Returns (1, channels out, rows / 2,
+    width / 2), rounded up.
     """
     shape = (x.shape[0], weight.shape[0], x.shape[2] // 2, (x.shape[3] + 1) // 2)
     attributes = dict(kernel_shape=[3, 3], strides=[2, 2], pads=[0, 1, 1, 1])

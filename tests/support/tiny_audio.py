@@ -1,4 +1,4 @@
-"""Random audio encoders of any shape in transformers, with clip bounds that clip, and their reference outputs."""
+"""Random audio encoders of any shape in transformers, with bounds that clip, and their reference outputs."""
 
 from __future__ import annotations
 

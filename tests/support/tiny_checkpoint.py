@@ -86,7 +86,7 @@ def write_tiny_checkpoint(
 
     layout: "text" is a Gemma4TextConfig with names `model.…`; "multimodal" is a Gemma4Config with names
     `model.language_model.…`, dead k/v weights of the shared layers and vision tensors, as on the Hub.
-    audio: fields of Gemma4AudioConfig, see `tiny_audio`: the checkpoint (then multimodal) has an audio encoder.
+    audio: fields of Gemma4AudioConfig, see `tiny_audio`: the checkpoint (then multimodal) has an encoder.
     overrides: fields of Gemma4TextConfig.
     """
     folder.mkdir(parents=True, exist_ok=True)
