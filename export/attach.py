@@ -10,12 +10,16 @@ import onnx_ir as ir
 from .checkpoint import Checkpoint
 from .modules.ops import LINEAR, PLACEHOLDER_DOMAIN, TABLE
 from .plan import HEAD
+from .qat import INPUT_SCALE, OUTPUT_SCALE
+from .recipes import Activations, Recipe
 from .store import DataFile, StoredWeight
 from .trace import Traced
 
 MICROSOFT = "com.microsoft"
 INLINE_MAX_BYTES = 16 << 10  # smaller initializers live in the graph file itself
-ACCURACY_INT8 = 4  # MatMulNBits: activations as int8, which is several times faster than the float path
+# MatMulNBits: activations as int8, which is several times faster than the float path, or as float32.
+ACCURACY_LEVELS: dict[Activations, int] = {"int8": 4, "float32": 0}
+FLOAT_TYPES = {16: ir.DataType.FLOAT16, 32: ir.DataType.FLOAT}
 
 
 def attach(
@@ -25,16 +29,18 @@ def attach(
     constants: DataFile,
     *,
     head: str,
+    recipe: Recipe,
 ) -> ir.Model:
     """Complete `traced` in place and return it.
 
     head: canonical name of the weight the head multiplies with; with a tied head both graphs share its bytes.
+    recipe: its settings, how products compute; what each weight is stored as is in `stored`.
     constants: where initializers go that are neither weights nor small.
     """
     graph = traced.graph.graph
     for node in list(graph):
         if node.domain == PLACEHOLDER_DOMAIN:
-            _replace(graph, node, stored, head)
+            _replace(graph, node, stored, checkpoint, head, recipe)
     for name, value in list(graph.initializers.items()):
         if not value.uses() and not value.is_graph_input():
             del graph.initializers[name]
@@ -46,49 +52,95 @@ def attach(
     return traced.graph
 
 
-def _replace(graph: ir.Graph, node: ir.Node, stored: Mapping[str, StoredWeight], head: str) -> None:
+def _replace(
+    graph: ir.Graph,
+    node: ir.Node,
+    stored: Mapping[str, StoredWeight],
+    checkpoint: Checkpoint,
+    head: str,
+    recipe: Recipe,
+) -> None:
     weight_index = 1 if node.op_type == LINEAR else 0
     weight, other = node.inputs[weight_index], node.inputs[1 - weight_index]
     assert weight is not None and weight.name is not None and other is not None
     entry = stored[head if weight.name == HEAD else weight.name]
-    make = {LINEAR: _linear, TABLE: _table}[node.op_type]
-    replacement = make(graph, other, entry)
-    replacement.name = node.name
-    graph.insert_before(node, replacement)
-    old, new = node.outputs[0], replacement.outputs[0]
+    if node.op_type == TABLE:
+        nodes = _table(graph, other, entry)
+    elif recipe.activation_scales:
+        module = weight.name.removesuffix(".weight")
+        before = _rounded(graph, other, checkpoint, module + INPUT_SCALE)
+        product = _linear(graph, before[-1].outputs[0] if before else other, entry, recipe)
+        after = _rounded(graph, product[-1].outputs[0], checkpoint, module + OUTPUT_SCALE)
+        nodes = [*before, *product, *after]
+    else:
+        nodes = _linear(graph, other, entry, recipe)
+    for number, replacement in enumerate(nodes):
+        replacement.name = f"{node.name}_{number}" if number + 1 < len(nodes) else node.name
+        replacement.outputs[0].name = f"{replacement.name}_out"
+        graph.insert_before(node, replacement)
+    old, new = node.outputs[0], nodes[-1].outputs[0]
     new.name, new.shape, new.type = old.name, old.shape, old.type
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     graph.remove(node, safe=True)
 
 
-def _linear(graph: ir.Graph, x: ir.Value, entry: StoredWeight) -> ir.Node:
+def _linear(graph: ir.Graph, x: ir.Value, entry: StoredWeight, recipe: Recipe) -> list[ir.Node]:
     planned = entry.planned
     rows, width = planned.shape
-    if planned.storage.bits == 32:
-        weight = _initializer(graph, entry, "", ir.DataType.FLOAT, planned.shape)
-        return _node("FusedMatMul", [x, weight], dict(transB=1))
+    if planned.storage.is_float:
+        weight, widen = _float(graph, entry)
+        return [*widen, _node("FusedMatMul", [x, weight], dict(transB=1))]
     bits, block = planned.storage.bits, planned.storage.block
     packed_shape = (rows, planned.blocks, block * bits // 8)
     inputs = [x, *_quantized(graph, entry, packed_shape, suffix=".blocks")]
-    return _node(
-        "MatMulNBits",
-        inputs,
-        dict(K=width, N=rows, bits=bits, block_size=block, accuracy_level=ACCURACY_INT8),
-    )
+    level = ACCURACY_LEVELS[recipe.activations]
+    attributes = dict(K=width, N=rows, bits=bits, block_size=block, accuracy_level=level)
+    return [_node("MatMulNBits", inputs, attributes)]
 
 
-def _table(graph: ir.Graph, ids: ir.Value, entry: StoredWeight) -> ir.Node:
+def _rounded(graph: ir.Graph, x: ir.Value, checkpoint: Checkpoint, scale_name: str) -> list[ir.Node]:
+    """x rounded to 256 steps of a static scale and back, as in training; nothing without such a scale."""
+    scale = checkpoint.read(scale_name) if scale_name in checkpoint.tensors else np.zeros(1)
+    if not scale.any():  # 0 in transformers too: not calibrated
+        return []
+    step = _constant(graph, scale_name, scale.reshape(()).astype(np.float32))
+    zero = _constant(graph, "zero_point_128", np.full((), 128, np.uint8))
+    quantized = ir.node("QuantizeLinear", [x, step, zero])
+    return [quantized, ir.node("DequantizeLinear", [quantized.outputs[0], step, zero])]
+
+
+def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    if name not in graph.initializers:
+        tensor = ir.tensor(array, name=name)
+        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        graph.initializers[name] = value
+    return graph.initializers[name]
+
+
+def _table(graph: ir.Graph, ids: ir.Value, entry: StoredWeight) -> list[ir.Node]:
     planned = entry.planned
-    if planned.storage.bits == 32:
-        weight = _initializer(graph, entry, "", ir.DataType.FLOAT, planned.shape)
-        return ir.node("Gather", [weight, ids], dict(axis=0))
+    if planned.storage.is_float:
+        weight = _initializer(graph, entry, "", FLOAT_TYPES[planned.storage.bits], planned.shape)
+        gather = ir.node("Gather", [weight, ids], dict(axis=0))
+        return [gather, *([_widened(gather.outputs[0])] if planned.storage.bits == 16 else [])]
     bits, block = planned.storage.bits, planned.storage.block
     packed, scales = _quantized(graph, entry, (planned.shape[0], planned.row_bytes), suffix=".rows")
-    return _node(
-        "GatherBlockQuantized",
-        [packed, ids, scales],
-        dict(bits=bits, block_size=block, gather_axis=0, quantize_axis=1),
-    )
+    attributes = dict(bits=bits, block_size=block, gather_axis=0, quantize_axis=1)
+    return [_node("GatherBlockQuantized", [packed, ids, scales], attributes)]
+
+
+def _float(graph: ir.Graph, entry: StoredWeight) -> tuple[ir.Value, list[ir.Node]]:
+    """A float32 matrix: stored so, or widened once when the graph is loaded."""
+    planned = entry.planned
+    weight = _initializer(graph, entry, "", FLOAT_TYPES[planned.storage.bits], planned.shape)
+    if planned.storage.bits == 32:
+        return weight, []
+    widen = _widened(weight)
+    return widen.outputs[0], [widen]
+
+
+def _widened(x: ir.Value) -> ir.Node:
+    return ir.node("Cast", [x], dict(to=ir.DataType.FLOAT.value))
 
 
 def _quantized(

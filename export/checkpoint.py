@@ -207,8 +207,8 @@ def _canonical(name: str) -> str | None:
 
 
 def _is_dead(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """In the checkpoint but never read: keys and values of KV-shared layers, a head that is the token table's copy,
-    an audio encoder that is left out, and scales of activations and caches, which a recipe may leave out.
+    """In the checkpoint but never read: keys and values of KV-shared layers, a head that is the token table's
+    copy, an audio encoder that is left out, and scales that a recipe may leave out.
     """
     if name.endswith(SCALES_LEFT_OUT):
         return True

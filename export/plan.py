@@ -32,8 +32,8 @@ LAYER_TABLE = "embed_tokens_per_layer.weight"
 PROCESS_BYTES = 140 << 20
 # Activations that live at once in a prefill chunk, in multiples of one row of the widest layer.
 LIVE_ROWS = 6
-# Soft tokens that the runtime encodes in one call at most (runtime/audio/encoder.py), and copies of the widest
-# activation that live at once then.
+# Soft tokens that the runtime encodes in one call at most (runtime/audio/encoder.py), and copies of the
+# widest activation that live at once then.
 AUDIO_CALL_TOKENS = 96
 AUDIO_LIVE = 3
 
@@ -124,8 +124,8 @@ def make_plan(
 ) -> Plan:
     """Decide storage and predict memory. Raises BudgetError when the device has too little of it.
 
-    scale_columns: of quantized tables, scales in a row, as the checkpoint's headers say; without them a row of
-    the per-layer table has one for each layer.
+    scale_columns: of quantized tables, scales in a row, as the checkpoint's headers say; without them a row
+    of the per-layer table has one for each layer.
     head_is_table: an untied head has the token table's bytes, so it is not stored again.
     """
     if head_is_table:

@@ -101,7 +101,7 @@ def test_the_file_that_transformers_writes_says_the_same():
             "'yarn'",
         ),
         (dict(rope_parameters={t: dict(rope_theta=1e4, beta_fast=32) for t in (S, F)}), "beta_fast"),
-        (dict(quantization_config=dict(quant_method="gemma")), "'gemma'"),
+        (dict(quantization_config=dict(quant_method="awq")), "'awq'"),
         (dict(num_kv_shared_layers=35), "num_kv_shared_layers"),
         (dict(num_kv_shared_layers=31), "no source layer"),
         (dict(num_key_value_heads=3), "3 key/value heads"),

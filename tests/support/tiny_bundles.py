@@ -38,7 +38,7 @@ class TinyBundle:
 def tiny_profile(
     *, kv: str = "float32", slack: int = 4, block: int = 32, chunk: int = 16, budget_mib: int = 1024
 ) -> DeviceProfile:
-    """A device small enough for tests: one thread, both block sizes the same."""
+    """A device small enough for tests: one thread, all block sizes the same."""
     base = load_profile("x86-64-generic")
     replace = msgspec.structs.replace
     return replace(
@@ -48,7 +48,7 @@ def tiny_profile(
         cpu=replace(base.cpu, threads=1),
         kv_cache=replace(base.kv_cache, dtype=kv, sliding_slack=slack),
         prefill_chunk=chunk,
-        block_sizes={"4": block, "8": block},
+        block_sizes={"2": block, "4": block, "8": block},
     )
 
 
