@@ -19,7 +19,7 @@ from .modules.audio import AudioEncoder
 from .modules.decoder import Decoder
 from .modules.embeddings import Embeddings
 from .qat import Held
-from .recipes import BLOCK_MIN, Recipe, Storage, check_matches, decide
+from .recipes import BLOCK_MIN, Recipe, Storage, check_matches, check_suits, decide
 
 DECODER_DATA = "decoder.onnx.data"
 EMBEDDINGS_DATA = "embeddings.onnx.data"
@@ -136,6 +136,7 @@ def make_plan(
             (DECODER_DATA, Decoder(model, context=1, kv_dtype="float32")),
         ]
         ears = [] if audio is None else [(AUDIO_DATA, AudioEncoder(audio))]
+    check_suits(recipe, is_quantized=model.quantization is not None)
     columns = {LAYER_TABLE: model.geometry.num_hidden_layers} | dict(scale_columns or {})
     weights, small = _weights(text, model, profile, recipe, columns)
     audio_weights, audio_small = _weights(ears, model, profile, recipe, columns)

@@ -131,17 +131,28 @@ def decide(
     return Storage(rule.bits, block, rule.method, None if block == asked else asked)
 
 
-def check_matches(recipe: Recipe, names: Sequence[str], held: Sequence[str]) -> None:
-    """Check, for a model with weights `names` of which `held` are quantized, that the recipe suits it.
-
-    Raises ConfigError for a rule of the user's own that decides about nothing.
-    """
-    if not held and any(rule.method == "import" for rule in recipe.rules):
+def check_suits(recipe: Recipe, *, is_quantized: bool) -> None:
+    """Check that a recipe for quantized checkpoints gets one, by its config.json. Raises ConfigError."""
+    if is_quantized:
+        return
+    if recipe.activation_scales:
+        raise ConfigError(
+            f"recipe {recipe.name}: activation_scales are part of a qat-mobile checkpoint, and config.json "
+            "has no quantization_config; remove them"
+        )
+    if any(rule.method == "import" for rule in recipe.rules):
         raise ConfigError(
             f"recipe {recipe.name} imports weights that are quantized already, and config.json has no "
             "quantization_config: this is no qat-mobile checkpoint; take `--recipe int4` or another of "
             f"{', '.join(name for name in _known() if name != recipe.name)}"
         )
+
+
+def check_matches(recipe: Recipe, names: Sequence[str], held: Sequence[str]) -> None:
+    """Check that every rule of the user's own decides about something. Raises ConfigError.
+
+    names: all weights of the model; held: those that the checkpoint holds quantized.
+    """
     quantized = set(held)
     left = list(names)
     for rule in recipe.rules[: recipe.own_rules]:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from gemma_edge.export.recipes import Storage, decide, load_recipe, recipes_folder
-from gemma_edge.runtime.errors import ConfigError
+from gemma_edge.runtime.errors import ConfigError, GemmaEdgeError
 
-from .support.tiny_bundles import prepare_tiny, tiny_profile
+from .support.graph_runner import GraphRunner
+from .support.onnx_graphs import load_graph
+from .support.tiny_bundles import export_tiny, prepare_tiny, tiny_profile
 from .support.tiny_checkpoint import write_tiny_checkpoint
 
 
@@ -22,7 +27,7 @@ def write_recipe(folder: Path, rules: str) -> str:
 
 def test_shipped_recipes_load_and_are_named_after_their_files():
     names = sorted(path.stem for path in recipes_folder().glob("*.yaml"))
-    assert {"fp32", "int4", "int8"} <= set(names)
+    assert {"fp32", "fp16", "int4", "int4-head8", "int8", "qat-mobile"} <= set(names)
     for name in names:
         assert load_recipe(name).name == name
 
@@ -50,8 +55,12 @@ def test_the_first_rule_that_matches_decides(tmp_path: Path):
         ('  - {weights: "*", bits: 4, method: serach}', "serach"),
         ('  - {weights: "*", bits: 5, method: search}', "5"),
         ('  - {wieghts: "*", bits: 4, method: search}', "did you mean `weights`"),
-        ('  - {weights: "*", bits: 4, method: float}', "32 bits go with method float"),
-        ('  - {weights: "*", bits: 32, method: search}', "32 bits go with method float"),
+        ('  - {weights: "*", bits: 4, method: float}', "16 and 32 bits go with method float"),
+        ('  - {weights: "*", bits: 32, method: search}', "16 and 32 bits go with method float"),
+        ('  - {weights: "*", method: search}', "the others need `bits`"),
+        ('  - {weights: "*", bits: 4, method: import}', "method import takes the checkpoint's bits"),
+        ('  - {weights: "*", bits: 32, method: float, block: 32}', "floats have no blocks"),
+        ('  - {weights: "*", bits: 2, method: search, block: 512}', "expected at most 256 for 2 bits"),
         ('  - {weights: "*", bits: 4, method: search, block: 24}', "block is 24, expected a power of two"),
         ('  - {weights: "*", bits: 4, method: search, block: 8}', "block is 8, expected a power of two"),
     ],
@@ -89,3 +98,100 @@ def test_a_weight_without_a_rule_and_an_unknown_recipe_are_named(tmp_path: Path)
         decide(recipe, tiny_profile(), "norm", 64)
     with pytest.raises(ConfigError, match=r"no recipe 'int5'; known: .*int4"):
         load_recipe("int5")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("recipes") / "checkpoint")
+
+
+def storage_by(recipe: str, checkpoint: Path, out: Path) -> dict[str, Storage]:
+    plan = prepare_tiny(checkpoint, out, recipe=recipe, block=64).plan
+    return {weight.name: weight.storage for weight in plan.weights}
+
+
+def test_a_recipe_extends_another(checkpoint: Path, tmp_path: Path):
+    """Own rules come first, the rest is the other recipe's."""
+    own = write_recipe(
+        tmp_path,
+        '  - {weights: "embed_tokens.weight", bits: 8, method: nearest, block: 32}\n'
+        '  - {weights: "layers.0.*_proj.weight", bits: 2, method: search, block: 16}\nextends: int4\n',
+    )
+    mine = storage_by(own, checkpoint, tmp_path / "out")
+    base = storage_by("int4", checkpoint, tmp_path / "out")
+    changed = {name for name in base if mine[name] != base[name]}
+    assert mine["embed_tokens.weight"] == Storage(8, 32, "nearest")
+    assert mine["layers.0.mlp.up_proj.weight"] == Storage(2, 16, "search")
+    assert changed == {"embed_tokens.weight"} | {
+        name for name in base if fnmatch(name, "layers.0.*_proj.weight")
+    }
+
+
+def test_settings_are_kept_or_replaced(tmp_path: Path):
+    recipe = load_recipe(write_recipe(tmp_path, "  []\nextends: qat-mobile\nactivations: float32\n"))
+    assert (recipe.activations, recipe.activation_scales) == ("float32", False)
+    assert recipe.rules == load_recipe("qat-mobile").rules
+    assert load_recipe("int4").activations == "int8"
+    with pytest.raises(ConfigError, match=r"extends 'int5', expected one of .*int4"):
+        load_recipe(write_recipe(tmp_path, "  []\nextends: int5\n"))
+    with pytest.raises(ConfigError, match="int16"):
+        load_recipe(write_recipe(tmp_path, "  []\nextends: int4\nactivations: int16\n"))
+
+
+@pytest.mark.parametrize(
+    ("rules", "named"),
+    [
+        (
+            '  - {weights: "layers.*.mpl.*", bits: 8, method: nearest}\nextends: int4\n',
+            r"rule 'layers\.\*\.mpl\.\*' matches no weight of this model; names are like 'layers\.\d\.mlp\.",
+        ),
+        (
+            '  - {weights: "model.layers.*", bits: 8, method: nearest}\nextends: int4\n',
+            r"matches no weight",
+        ),
+        (
+            '  - {weights: "*", bits: 8, method: nearest}\n  - {weights: "*mlp*", bits: 4, method: search}\n',
+            r"rule '\*mlp\*' decides about nothing: an earlier rule has layers\.0\.mlp\.",
+        ),
+        ('  - {weights: "*", method: import}\n', r"imports weights .* no quantization_config"),
+    ],
+)
+def test_rules_that_decide_about_nothing_are_named(checkpoint: Path, tmp_path: Path, rules: str, named: str):
+    with pytest.raises(ConfigError, match=named):
+        prepare_tiny(checkpoint, tmp_path / "out", recipe=write_recipe(tmp_path, rules))
+
+
+def test_float16_halves_the_file_and_changes_little(tiny_bundle):
+    """Weights are widened when the graph is loaded: products are float32's, of rounded weights."""
+    half, full = (tiny_bundle(recipe=name, model=dict(seed=2)) for name in ("fp16", "fp32"))
+    files = [bundle.bundle.manifest.files["decoder.onnx.data"].size_bytes for bundle in (half, full)]
+    assert files[0] < 0.6 * files[1]
+    memories = [bundle.bundle.manifest.memory for bundle in (half, full)]
+    assert memories[0].weights_bytes == memories[1].weights_bytes
+    assert memories[0].mapped_bytes < memories[1].mapped_bytes
+    ids = list(range(100, 120))
+    first, second = (GraphRunner(bundle.path).run(ids) for bundle in (half, full))
+    assert 0 < np.abs(first - second).max() < 0.1 * second.std()
+
+
+def test_a_weight_beyond_float16_is_named(tmp_path: Path):
+    folder = write_tiny_checkpoint(tmp_path / "checkpoint", num_hidden_layers=2, num_kv_shared_layers=0)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = 7e4
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(
+        GemmaEdgeError, match=r"layers\.1\.mlp\.up_proj\.weight: a weight of 7e\+04 is beyond"
+    ):
+        export_tiny(tmp_path, checkpoint=folder, recipe="fp16")
+
+
+def test_two_bits_of_a_users_own(checkpoint: Path, tmp_path: Path):
+    """Coarse, but what the recipe says: four levels, and the graph runs."""
+    own = write_recipe(tmp_path, '  - {weights: "*mlp*", bits: 2, method: search}\nextends: int8\n')
+    bundle = export_tiny(tmp_path, checkpoint=checkpoint, recipe=own)
+    entries = {entry.tensor: entry for entry in bundle.bundle.manifest.quantization}
+    assert entries["layers.0.mlp.up_proj.weight"].bits == 2
+    assert 0.2 < entries["layers.0.mlp.up_proj.weight"].relative_error < 0.6
+    weights = load_graph(bundle.path / "decoder.onnx").dequantized()["layers.0.mlp.up_proj.weight"]
+    assert max(len(np.unique(row[:32])) for row in weights) == 4
+    assert np.isfinite(GraphRunner(bundle.path).run([5, 6, 7])).all()
