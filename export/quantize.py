@@ -100,8 +100,8 @@ def _searched_scales(blocks: np.ndarray, largest: np.ndarray, nearest: np.ndarra
     """The scales with the least squared error among candidates of both signs.
 
     Each candidate proposes levels q; the best scale for those is <w, q> / <q, q>, and takes <w, q>^2 / <q, q>
-    off the error. There is one more level below zero than above: the sign of the scale decides which side of a
-    block gets it. The best candidate's neighbours and its own best scale are tried last.
+    off the error. There is one more level below zero than above: the sign of the scale decides which side of
+    a block gets it. The best candidate's neighbours and its own best scale are tried last.
     """
     one = _inverse(largest) * np.float32(zero)  # 1 / the scale that puts the largest at the end
     best = _Best(blocks, zero)
@@ -146,7 +146,7 @@ def _largest(blocks: np.ndarray) -> np.ndarray:
 
 
 def _fold(operator: np.ufunc, blocks: np.ndarray) -> np.ndarray:
-    """(n, block) -> (n,): a reduction by halves, which for short rows is several times faster than numpy's."""
+    """(n, block) -> (n,): a reduction by halves, for short rows several times faster than numpy's."""
     while blocks.shape[1] > 1 and blocks.shape[1] % 2 == 0:
         half = blocks.shape[1] // 2
         blocks = operator(blocks[:, :half], blocks[:, half:])

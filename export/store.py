@@ -78,7 +78,7 @@ class DataFile:
 
     def add(self, name: str, values: np.ndarray) -> ir.ExternalTensor:
         """Write a whole array, unless one like it is there: two graphs may share a file."""
-        key = (hashlib.sha256(np.ascontiguousarray(values)).digest(), values.dtype.str, values.shape)
+        key = (hashlib.sha256(values.tobytes()).digest(), values.dtype.str, values.shape)
         offset = self._added.get(key)
         if offset is None:
             offset = self._added[key] = self.reserve(values.nbytes)

@@ -4,7 +4,7 @@
 
 They stand in for Google's in tests of format, speed and memory. Names and shapes are those of transformers'
 own model for the config, and what the files of the Hub hold besides: keys and values of KV-shared layers,
-which nothing reads, and the audio and vision towers. Weights are random, scaled so that activations stay sane.
+which nothing reads, and the audio and vision towers. Weights are random, scaled to keep activations sane.
 """
 
 from __future__ import annotations

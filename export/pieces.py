@@ -1,0 +1,97 @@
+"""One piece of a weight from checkpoint to data file: read, quantize, write; knows no graphs and no plan.
+
+A piece carries everything it needs, so that it can be done in any process (`workers.py`), in any order.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .checkpoint import CheckpointError, TensorEntry, read_values
+from .qat_rows import HeldTensors, float_rows, import_rows
+from .quantize import QuantizedRows, quantize_rows
+from .recipes import Storage
+
+PIECE_VALUES = 1 << 21  # weights at a time: 8 MiB as float32
+FLOAT16_MAX = float(np.finfo(np.float16).max)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of a matrix."""
+
+    source: TensorEntry | HeldTensors
+    first: int  # row
+    rows: int
+    width: int
+    storage: Storage
+    file: Path
+    position: int  # byte in `file` where the packed rows go
+    scale_position: int | None  # None: stored as it is, without scales
+
+    @property
+    def name(self) -> str:
+        """Of the tensor, in the checkpoint."""
+        return (self.source.data if isinstance(self.source, HeldTensors) else self.source).original_name
+
+
+@dataclass(frozen=True)
+class Done:
+    """What quantizing a piece cost."""
+
+    values: int
+    squared_error: float
+    squared_norm: float
+
+
+def process(piece: Piece) -> Done:
+    """Raises CheckpointError if the source cannot be read, OSError if the target cannot be written."""
+    count = piece.rows * piece.width
+    result = _prepared(piece)
+    target = os.open(piece.file, os.O_WRONLY)  # never made here: its owner may have removed it
+    try:
+        if isinstance(result, np.ndarray):
+            _write(target, piece.position, result)
+            return Done(count, 0.0, 0.0)
+        assert piece.scale_position is not None
+        _write(target, piece.position, result.packed)
+        _write(target, piece.scale_position, result.scales)
+        return Done(count, result.squared_error, result.squared_norm)
+    finally:
+        os.close(target)
+
+
+def _prepared(piece: Piece) -> np.ndarray | QuantizedRows:
+    """The piece as it is to be stored: floats, or levels and scales."""
+    source, storage = piece.source, piece.storage
+    if isinstance(source, HeldTensors):
+        if storage.method == "import":
+            return import_rows(source, piece.first, piece.rows, width=piece.width, block=storage.block)
+        values = float_rows(source, piece.first, piece.rows, width=piece.width)
+    else:
+        flat = read_values(source, piece.first * piece.width, piece.rows * piece.width)
+        values = flat.reshape(piece.rows, piece.width)
+    if storage.is_float:
+        return values if storage.bits == 32 else _narrowed(values, piece.name)
+    return quantize_rows(values, bits=storage.bits, block=storage.block, method=storage.method)
+
+
+def _narrowed(values: np.ndarray, name: str) -> np.ndarray:
+    largest = float(np.abs(values).max(initial=0.0))
+    if largest > FLOAT16_MAX:
+        raise CheckpointError(
+            f"{name}: a weight of {largest:.4g} is beyond float16's {FLOAT16_MAX:.0f}; "
+            "take a recipe with a rule of 32 bits for it"
+        )
+    return values.astype(np.float16)
+
+
+def _write(file: int, position: int, values: np.ndarray) -> None:
+    data = np.ascontiguousarray(values).data.cast("B")
+    while data:
+        written = os.pwrite(file, data, position)
+        data, position = data[written:], position + written
