@@ -24,6 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     runtime_cli.add_commands(commands)
     _add_export(commands)
+    _add_verify(commands)
     return parser
 
 
@@ -38,12 +39,32 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         try:
             from .export import cli as export_cli
         except ImportError as error:
-            raise GemmaEdgeError(
-                f"export needs a missing package ({error.name}): pip install 'gemma-edge[export]'"
-            ) from error
+            raise _missing("export", error) from error
         return export_cli.run_export(args)
 
     export.set_defaults(run=run)
+
+
+def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from .export.verify import arguments
+
+    verify = commands.add_parser("verify", help="measure a bundle against its checkpoint")
+    arguments.add_verify_arguments(verify)
+
+    def run(args: argparse.Namespace) -> int:
+        try:
+            from .export.verify import cli as verify_cli
+        except ImportError as error:
+            raise _missing("verify", error) from error
+        return verify_cli.run_verify(args)
+
+    verify.set_defaults(run=run)
+
+
+def _missing(command: str, error: ImportError) -> GemmaEdgeError:
+    return GemmaEdgeError(
+        f"{command} needs a missing package ({error.name}): pip install 'gemma-edge[export]'"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,1 @@
+"""`gemma-edge verify`: measures a bundle against its checkpoint; nothing here runs on the device."""
