@@ -84,7 +84,7 @@ test-slow: $(READY) ## the tests that take minutes or a full-size model
 bench: $(if $(BUNDLE),$(READY),$(NEEDS)) ## speed of a bundle and of the daemon (BUNDLE= or DEVICE= MODEL= RECIPE= CONTEXT=)
 	@set -e; for script in bench/decode.py bench/serve.py; do \
 		echo "== $$script"; $(VENV_PYTHON) "$$script" "$$USED_BUNDLE"; done
-	@echo "full-size export, which needs 13 GB of disk: $(VENV_PYTHON) bench/export.py E2B"
+	@echo "full-size export, which needs 13 GB of disk: $(VENV_PYTHON) bench/export.py --model e2b"
 
 lint: $(READY) ## ruff and mypy
 	@$(VENV_PYTHON) -m ruff check .
