@@ -13,7 +13,7 @@ from typing import Any
 
 from ..runtime.bundle import Audio, AudioTokens, MelSettings
 from ..runtime.errors import ConfigError
-from .audio_geometry import FRAMES_PER_TOKEN, AudioModel
+from .audio_geometry import CALL_TOKENS, FRAMES_PER_TOKEN, AudioModel
 
 PROCESSOR = "processor_config.json"
 PREPROCESSOR = "preprocessor_config.json"
@@ -57,6 +57,7 @@ def describe_audio(model: AudioModel, config: dict[str, Any], folder: Path, *, v
         tokens_per_s=mel.sampling_rate / mel.hop_length / FRAMES_PER_TOKEN,
         max_tokens=_max_tokens(folder),
         chunk_tokens=model.block,
+        call_tokens=CALL_TOKENS,
         mel=mel,
         tokens=_tokens(config, str(folder / "config.json"), vocab_size),
         state=model.state,

@@ -12,7 +12,7 @@ from torch import nn
 from ..runtime.bundle import Caches, KvDtype, Memory
 from ..runtime.errors import ConfigError, GemmaEdgeError
 from ..runtime.profile import DeviceProfile
-from .audio_geometry import FRAMES_PER_TOKEN, AudioModel
+from .audio_geometry import CALL_TOKENS, FRAMES_PER_TOKEN, AudioModel
 from .geometry import TextModel, plan_caches
 from .modules import ops
 from .modules.audio import AudioEncoder
@@ -32,9 +32,7 @@ LAYER_TABLE = "embed_tokens_per_layer.weight"
 PROCESS_BYTES = 140 << 20
 # Activations that live at once in a prefill chunk, in multiples of one row of the widest layer.
 LIVE_ROWS = 6
-# Soft tokens that the runtime encodes in one call at most (runtime/audio/encoder.py), and copies of the
-# widest activation that live at once then.
-AUDIO_CALL_TOKENS = 96
+# Copies of the widest activation that live at once in a call of the audio encoder.
 AUDIO_LIVE = 3
 
 
@@ -254,8 +252,8 @@ def _audio_bytes(
     stored = sum(weight.size_bytes for weight in weights) + sum(4 * math.prod(s) for s in small.values())
     relative_keys = 4 * audio.num_layers * audio.hidden_size * (audio.left_tokens + 1)
     state = 4 * sum(math.prod(tensor.shape) for tensor in audio.state)
-    subsampled = AUDIO_CALL_TOKENS * FRAMES_PER_TOKEN // 2 * audio.half_bins * audio.channels[0]
-    inner = AUDIO_CALL_TOKENS * 4 * audio.hidden_size
+    subsampled = CALL_TOKENS * FRAMES_PER_TOKEN // 2 * audio.half_bins * audio.channels[0]
+    inner = CALL_TOKENS * 4 * audio.hidden_size
     return stored + relative_keys + 2 * state + 4 * AUDIO_LIVE * (subsampled + inner)
 
 

@@ -144,6 +144,7 @@ class Audio(Struct, frozen=True):
     tokens_per_s: float  # soft tokens of a second of sound
     max_tokens: int  # of a clip, as the checkpoint's processor caps it
     chunk_tokens: int  # of one call of the streaming graph, by default; any number is right
+    call_tokens: int  # of one call at most: bounds the memory that a call takes
     mel: MelSettings
     tokens: AudioTokens
     state: tuple[StateTensor, ...]  # of the streaming graph

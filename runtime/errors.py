@@ -28,3 +28,10 @@ class RequestError(GemmaEdgeError):
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+class AudioError(RequestError):
+    """What came as sound cannot be heard: damaged, of an unknown kind, too long."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("invalid_request", message)

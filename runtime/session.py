@@ -35,10 +35,10 @@ class Session:
         self.chunk = min(manifest.runtime.prefill_chunk, manifest.caches.context)
         # More threads than CPUs wait for each other in turns: a decode step takes ten times as long.
         self.threads = threads or min(manifest.runtime.threads, usable_cpus())
-        self.decoder = _open(bundle.decoder, self.threads, provider)
-        self.caches = KvCaches(manifest.caches, provider)  # after _open, which says what is missing for CUDA
+        self.decoder = open_graph(bundle.decoder, self.threads, provider)
+        self.caches = KvCaches(manifest.caches, provider)  # after open_graph, which says what is missing for CUDA
         # A gather of a few rows gains nothing from a second pool of threads.
-        self.embeddings = _open(bundle.embeddings, 1, "cpu")
+        self.embeddings = open_graph(bundle.embeddings, 1, "cpu")
         _check_inputs(bundle, self.decoder, self.caches)
 
         context, chunk = manifest.caches.context, self.chunk
@@ -123,7 +123,8 @@ def _bind_input(binding: ort.IOBinding, name: str, buffer: npt.NDArray[Any], sha
     binding.bind_input(name, "cpu", 0, buffer.dtype, shape, buffer.ctypes.data)
 
 
-def _open(path: Path, threads: int, provider: str) -> ort.InferenceSession:
+def open_graph(path: Path, threads: int, provider: str) -> ort.InferenceSession:
+    """An ONNX Runtime session with this project's options. Raises BundleError."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

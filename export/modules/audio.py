@@ -194,7 +194,8 @@ class LightConvolution(nn.Module):
         value, gate = ops.split(started, constants["halves"], (width, width))
         rows = torch.cat([past, value * torch.sigmoid(gate)], dim=1)  # (1, kernel - 1 + T, hidden)
         last = self.kernel - 1
-        # A row times each tap's weights: ten times as fast as a convolution with a group for each channel.
+        # A row times each tap's weights: for a chunk of 12 tokens three times as fast as a convolution with a
+        # group for each channel (0.02 against 0.06 ms).
         taps = [constants[f"tap_{self.index}_{tap}"] for tap in range(self.kernel)]
         convolved = rows[:, last:] * taps[last]
         for tap in range(last):
