@@ -132,6 +132,8 @@ def test_divergence():
     rows = torch.arange(6)
     assert found.perplexities[0] == pytest.approx(float((-p[rows, rows].log()).mean().exp()), rel=1e-5)
     assert found.perplexities[1] == pytest.approx(float((-q[rows, rows].log()).mean().exp()), rel=1e-5)
+    first = found.by_text()[0]
+    assert (len(found.by_text()), first.scored, first.kl_mean) == (1, 6, found.kl_mean)
     different = (p.argmax(-1) != q.argmax(-1)).nonzero()[:, 0].tolist()
     assert [difference.position for difference in found.differences] == [row + 1 for row in different]
     worst = next(difference for difference in found.differences if difference.position == 3)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+MAX_EXPONENT = 700.0  # beyond it a perplexity is no number any more
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -23,10 +25,22 @@ class Difference:
         return self.gap <= bound
 
 
+@dataclass(frozen=True)
+class TextFigures:
+    """One text's share."""
+
+    text: int  # number of the text
+    scored: int  # tokens
+    kl_mean: float
+    reference_perplexity: float
+    bundle_perplexity: float
+
+
 @dataclass
 class Divergence:
     """Sums over all predicted tokens."""
 
+    texts: list[int] = field(default_factory=list)  # number of each token's text
     kl: list[Tensor] = field(default_factory=list)  # (n,) each, nats
     reference_nll: list[Tensor] = field(default_factory=list)  # (n,) each, of the text's own tokens
     bundle_nll: list[Tensor] = field(default_factory=list)
@@ -36,6 +50,7 @@ class Divergence:
 
     def add(self, reference: Tensor, bundle: Tensor, places: list[tuple[int, int, int]]) -> None:
         """reference, bundle: logits (n, vocab); places: (text, position, token id) of each row's token."""
+        self.texts += [text for text, _, _ in places]
         targets = torch.tensor([token for _, _, token in places])[:, None]
         best, chosen = reference.argmax(-1), bundle.argmax(-1)
         # A number added to all logits of a row changes nothing: rows are compared around their means.
@@ -71,8 +86,20 @@ class Divergence:
 
     @property
     def perplexities(self) -> tuple[float, float]:
-        """Of the text under the reference and under the bundle."""
-        means = [
-            float(torch.cat(part).mean(dtype=torch.float64)) for part in (self.reference_nll, self.bundle_nll)
-        ]
-        return math.exp(min(means[0], 700.0)), math.exp(min(means[1], 700.0))
+        """Of all texts under the reference and under the bundle."""
+        wanted, found = torch.cat(self.reference_nll), torch.cat(self.bundle_nll)
+        return _perplexity(wanted), _perplexity(found)
+
+    def by_text(self) -> list[TextFigures]:
+        of, kl = torch.tensor(self.texts), torch.cat(self.kl)
+        wanted, found = torch.cat(self.reference_nll), torch.cat(self.bundle_nll)
+        figures = []
+        for text in sorted(set(self.texts)):
+            own = of == text
+            perplexities = _perplexity(wanted[own]), _perplexity(found[own])
+            figures.append(TextFigures(text, int(own.sum()), float(kl[own].mean()), *perplexities))
+        return figures
+
+
+def _perplexity(nll: Tensor) -> float:
+    return math.exp(min(float(nll.mean(dtype=torch.float64)), MAX_EXPONENT))

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
@@ -78,7 +78,7 @@ def verify(
         run = _run_graphs(graphs, texts, reference, hidden, layers, progress)
         del graphs
     source.check_unchanged()
-    checks += [run.layer_check(), *_distribution(run.divergence, limits)]
+    checks += [run.layer_check(), *_distribution(run.divergence, limits), _by_text(run.divergence, texts)]
     with clock.of("engine"):
         progress("engine")
         checks.append(_engine(bundle, texts, run, limits, threads))
@@ -297,6 +297,22 @@ def _distribution(divergence: Divergence, limits: Limits) -> Iterator[Check]:
         f"{limits.perplexity:+.2%}",
         change <= limits.perplexity,
         {"reference": before, "bundle": after},
+    )
+
+
+def _by_text(divergence: Divergence, texts: Sequence[Text]) -> Check:
+    """Which text is to blame: a model is least sure of texts that are unlike what it has learned from."""
+    figures = divergence.by_text()
+    worst = max(figures, key=lambda one: one.kl_mean)
+    measured = (
+        f"worst {texts[worst.text].name}: KL {worst.kl_mean:.3g}, perplexity {worst.reference_perplexity:.4g}"
+    )
+    return Check(
+        "texts",
+        measured,
+        "",
+        None,
+        {"texts": [asdict(one) | {"name": texts[one.text].name} for one in figures]},
     )
 
 
