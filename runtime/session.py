@@ -36,7 +36,8 @@ class Session:
         # More threads than CPUs wait for each other in turns: a decode step takes ten times as long.
         self.threads = threads or min(manifest.runtime.threads, usable_cpus())
         self.decoder = open_graph(bundle.decoder, self.threads, provider)
-        self.caches = KvCaches(manifest.caches, provider)  # after open_graph, which says what is missing for CUDA
+        # After open_graph, which says what is missing for CUDA.
+        self.caches = KvCaches(manifest.caches, provider)
         # A gather of a few rows gains nothing from a second pool of threads.
         self.embeddings = open_graph(bundle.embeddings, 1, "cpu")
         _check_inputs(bundle, self.decoder, self.caches)

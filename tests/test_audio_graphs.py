@@ -120,7 +120,7 @@ def test_every_length(ears: Ears):
 
 
 def test_the_outputs_depend_on_all_that_they_should(ears: Ears):
-    """A token changes with the frames and tokens that it sees, as far back as the layers reach, and with no other."""
+    """A token changes with the frames and tokens that it sees, as far back as layers reach, and no other."""
     frames = random_frames(240, ears.audio.mel.bins)
     changed = frames.copy()
     changed[100:104] += 3  # soft token 25, and by the convolution over 4u - 3 … 4u + 3 the one after it

@@ -24,6 +24,8 @@ from .samples import MonoStream
 
 SoftTokens = npt.NDArray[np.float32]  # (tokens, hidden)
 
+LIMIT_SLACK_S = 0.1  # the last soft token of a clip need not be whole
+
 _STATE_TYPES = {"float32": np.float32, "int64": np.int64}
 
 
@@ -88,14 +90,18 @@ class AudioEncoder:
         if not 1 <= chunk <= self.audio.call_tokens:
             raise ValueError(f"chunk_tokens is {chunk}, expected 1 to {self.audio.call_tokens}")
         mono = MonoStream(rate=rate, channels=channels, to_rate=self.audio.mel.sampling_rate)
-        return AudioStream(self, mono, chunk, self.audio.max_tokens if max_tokens is None else max_tokens)
+        limit = self.audio.max_tokens if max_tokens is None else max_tokens
+        return AudioStream(self, mono, rate, chunk, limit)
 
 
 class AudioStream:
     """One clip: `push` samples as they come, then `finish`. Made by `AudioEncoder.stream`."""
 
-    def __init__(self, encoder: AudioEncoder, mono: MonoStream, chunk_tokens: int, max_tokens: int) -> None:
+    def __init__(
+        self, encoder: AudioEncoder, mono: MonoStream, rate: int, chunk_tokens: int, max_tokens: int
+    ) -> None:
         self._encoder = encoder
+        self._rate = rate
         self._mono = mono
         self._mel = encoder.log_mel.stream()
         self._per_token = encoder.audio.frames_per_token
@@ -107,6 +113,7 @@ class AudioStream:
             for tensor in encoder.audio.state
         }
         self._ended = False
+        self._pushed_s = 0.0
         self.tokens = 0  # encoded so far
 
     def push(self, samples: npt.ArrayLike) -> SoftTokens:
@@ -116,7 +123,11 @@ class AudioStream:
         """
         self._check_open()
         self._ended = True  # unless all goes well
-        tokens = self._take(self._mono.push(samples))
+        given = np.asarray(samples)
+        self._pushed_s += given.shape[0] / self._rate if given.ndim else 0.0
+        if self._pushed_s > self._limit_s + LIMIT_SLACK_S:  # before anything is made of it
+            raise self._too_long()
+        tokens = self._take(self._mono.push(given))
         self._ended = False
         return tokens
 
@@ -126,6 +137,13 @@ class AudioStream:
         self._ended = True
         return np.concatenate([self._take(self._mono.finish()), self._encode_waiting(least=1)])
 
+    @property
+    def _limit_s(self) -> float:
+        return self._max_tokens / self._encoder.audio.tokens_per_s
+
+    def _too_long(self) -> AudioError:
+        return AudioError(f"more than {self._limit_s:g} s of sound in one clip; cut it into shorter ones")
+
     def _check_open(self) -> None:
         if self._ended:
             raise AudioError("this stream of sound has ended; begin a new one")
@@ -134,8 +152,7 @@ class AudioStream:
         self._frames = np.concatenate([self._frames, self._mel.push(mono)])
         known = self.tokens + -(-len(self._frames) // self._per_token)
         if known > self._max_tokens:
-            limit_s = self._max_tokens / self._encoder.audio.tokens_per_s
-            raise AudioError(f"more than {limit_s:g} s of sound in one clip; cut it into shorter ones")
+            raise self._too_long()
         # Only whole groups of frames: a token that lacks some would be another with them.
         return self._encode_waiting(least=self._chunk, whole=self._per_token)
 

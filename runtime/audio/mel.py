@@ -1,8 +1,8 @@
 """Log-mel frames as transformers' Gemma 4 feature extractor makes them, whole or as samples arrive.
 
 Frame i looks at `frame_length + 1` samples from `i * hop_length - frame_length // 2` on, with zeros before
-the first. A frame counts once all its samples are there, so what is left at the end gives none. The arithmetic is
-the reference's, number type by number type: rounding errors of a loud tone are what quiet bins are made of.
+the first. A frame counts once all its samples are there, so what is left at the end gives none. Every step
+has the reference's number type: rounding errors of a loud tone are what quiet bins are made of.
 """
 
 from __future__ import annotations
