@@ -26,6 +26,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SCALES_LEFT_OUT = (INPUT_SCALE, OUTPUT_SCALE, ".k_cache_scale", ".v_cache_scale")
 HEADER_MAX_BYTES = 100_000_000  # safetensors' own cap
+LFS_PREFIX = b"version "  # of the small file that stands for a big one in a Git repository
 CHUNK_BYTES = 32 << 20  # of float32 values that are held at a time
 PREFIXES = ("model.language_model.", "model.", "")
 OTHER_MODALITIES = ("vision_tower.", "embed_vision.")
@@ -70,11 +71,13 @@ class Checkpoint:
                     f"{entry.file}: {entry.original_name} has shape {entry.shape}, "
                     f"config.json asks for {shape}"
                 )
-            expected = (integers[name],) if integers and name in integers else FLOATS
-            if entry.dtype not in expected:
+            quantized = (integers or {}).get(name)
+            if entry.dtype not in ((quantized,) if quantized else FLOATS):
+                expected = (
+                    f"{quantized} by config.json's quantization_config" if quantized else ", ".join(FLOATS)
+                )
                 raise CheckpointError(
-                    f"{entry.file}: {entry.original_name} is {entry.dtype}, "
-                    f"expected {' or '.join(expected)} by config.json's quantization_config"
+                    f"{entry.file}: {entry.original_name} is {entry.dtype}, expected {expected}"
                 )
         if unused := [name for name in self.tensors if name not in shapes and not _is_dead(name, shapes)]:
             log.warning("%s: %d tensors are not used: %s", self.folder, len(unused), ", ".join(unused[:5]))
@@ -99,8 +102,17 @@ class Checkpoint:
             return self.tensors[name]
         except KeyError:
             raise CheckpointError(
-                f"{self.folder}: tensor {name} is missing; config.json and the weights do not belong together"
+                f"{self._expected_in(name)}: tensor {name} is missing; "
+                "config.json and the weights do not belong together, or the weights are not all there"
             ) from None
+
+    def _expected_in(self, name: str) -> Path:
+        """The file that should have a missing tensor: the index may say which."""
+        weight_map = _weight_map(self.folder)
+        if weight_map is None:
+            return self.folder / SINGLE
+        files = [file for original, file in weight_map.items() if _canonical(original) == name]
+        return self.folder / (files[0] if files else INDEX)
 
 
 def read_values(entry: TensorEntry, first: int, count: int) -> np.ndarray:
@@ -142,29 +154,44 @@ def _read_all(file: Any, size: int) -> bytearray:
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Read the headers of all weight files in `folder`. Raises CheckpointError."""
     tensors: dict[str, TensorEntry] = {}
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file; expected {SINGLE} or the files that {INDEX} names")
         for original, entry in _read_header(path):
-            if name := _canonical(original):
-                tensors[name] = entry
+            name = _canonical(original)
+            if name is None:
+                continue
+            if (other := tensors.get(name)) is not None:
+                raise CheckpointError(
+                    f"{path}: {original} is also in {other.file.name}, as {other.original_name}; "
+                    "remove what is not part of the checkpoint"
+                )
+            tensors[name] = entry
     return Checkpoint(folder, tensors)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights, there or not. Raises CheckpointError if the index is damaged."""
+    weight_map = _weight_map(folder)
+    names = {SINGLE} if weight_map is None else set(weight_map.values())
+    return [folder / name for name in sorted(names)]
+
+
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    """Tensor -> file, from the index; None if there is no index."""
     index = folder / INDEX
-    if index.is_file():
-        try:
-            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as cause:
-            raise CheckpointError(
-                f"{index}: not an index of weight files ({cause!r}); download it again"
-            ) from cause
-        files = [folder / name for name in sorted(set(weight_map.values()))]
-    else:
-        files = [folder / SINGLE]
-    for path in files:
-        if not path.is_file():
-            raise CheckpointError(f"{path}: no such file; expected {SINGLE} or the files that {INDEX} names")
-    return files
+    if not index.is_file():
+        return None
+    try:
+        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as cause:
+        raise CheckpointError(
+            f"{index}: not an index of weight files ({cause!r}); download it again"
+        ) from cause
+    for name in set(map(str, weight_map.values())):
+        if Path(name).name != name:
+            raise CheckpointError(f"{index}: {name!r} is not the name of a file beside it; download it again")
+    return weight_map
 
 
 def _read_header(path: Path) -> Iterable[tuple[str, TensorEntry]]:
@@ -173,28 +200,37 @@ def _read_header(path: Path) -> Iterable[tuple[str, TensorEntry]]:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 0 < length <= min(HEADER_MAX_BYTES, size - 8):
-            raise CheckpointError(f"{path}: not a whole safetensors file ({size} bytes); download it again")
+            what = "a Git LFS pointer" if prefix == LFS_PREFIX else "not a whole safetensors file"
+            raise CheckpointError(f"{path}: {what} ({size} bytes); download it again")
         try:
             header: dict[str, Any] = json.loads(file.read(length))
-        except ValueError as cause:
+            entries = [(name, fields) for name, fields in header.items() if name != "__metadata__"]
+        except (ValueError, AttributeError) as cause:
             raise CheckpointError(f"{path}: its safetensors header is damaged; download it again") from cause
-    start = 8 + length
-    for name, fields in header.items():
-        if name == "__metadata__":
-            continue
-        begin, end = fields["data_offsets"]
-        if start + end > size:
-            raise CheckpointError(
-                f"{path}: truncated: {name} ends at byte {start + end}, the file has {size}; "
-                "download it again"
-            )
-        shape = tuple(fields["shape"])
-        item = ITEM_BYTES.get(fields["dtype"])
-        if item is not None and end - begin != item * math.prod(shape):
-            raise CheckpointError(
-                f"{path}: {name} has {end - begin} bytes, its shape {shape} needs another number"
-            )
-        yield name, TensorEntry(path, start + begin, fields["dtype"], shape, name)
+    for name, fields in entries:
+        yield name, _entry(path, name, fields, 8 + length, size)
+
+
+def _entry(path: Path, name: str, fields: Any, start: int, size: int) -> TensorEntry:
+    """A tensor's place, checked. start: of the data in the file; size: of the file."""
+    try:
+        dtype, shape = str(fields["dtype"]), tuple(int(length) for length in fields["shape"])
+        begin, end = (int(position) for position in fields["data_offsets"])
+    except (KeyError, TypeError, ValueError) as cause:
+        raise CheckpointError(
+            f"{path}: its safetensors header is damaged at {name}; download it again"
+        ) from cause
+    if start + end > size:
+        raise CheckpointError(
+            f"{path}: truncated: {name} ends at byte {start + end}, the file has {size}; download it again"
+        )
+    item = ITEM_BYTES.get(dtype)
+    if min(begin, *shape, 0) < 0 or (item is not None and end - begin != item * math.prod(shape)):
+        raise CheckpointError(
+            f"{path}: {name} has {end - begin} bytes, its shape {shape} needs another number; "
+            "download it again"
+        )
+    return TensorEntry(path, start + begin, dtype, shape, name)
 
 
 def _canonical(name: str) -> str | None:

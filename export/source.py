@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..runtime.errors import GemmaEdgeError
+from .checkpoint import weight_files
 
 NANO = "nano"
 # What an export reads; a repository may hold the same weights in other formats as well.
@@ -53,20 +55,26 @@ _INSTEAD = "To try everything with the bundled model, pass `--model nano` (make:
 
 
 def _from_hub(hub_id: str, revision: str | None, offline: bool) -> CheckpointSource:
+    """From the Hub's cache; what is missing there is downloaded.
+
+    A connection that breaks is taken up again where it broke. What an interrupted download left is kept, file
+    by file: the next call asks for the rest.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     folder: Path | None = None
-    try:
+    with contextlib.suppress(LocalEntryNotFoundError):  # raised for a part of it, too
         folder = Path(
             snapshot_download(hub_id, revision=revision, allow_patterns=PATTERNS, local_files_only=True)
         )
-    except LocalEntryNotFoundError as cause:
-        if offline:
-            raise SourceError(
-                f"{hub_id} is not in the Hub cache, and --offline was given. {_INSTEAD}"
-            ) from cause
-    if not offline and (folder is None or not any(folder.glob("*.safetensors"))):
+    whole = folder is not None and _is_whole(folder)
+    if offline and not whole:
+        raise SourceError(
+            f"{hub_id} is not whole in the Hub cache, and --offline was given; without it, a download "
+            f"goes on where it stopped. {_INSTEAD}"
+        )
+    if not whole:
         try:
             folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=PATTERNS))
         except (
@@ -74,10 +82,17 @@ def _from_hub(hub_id: str, revision: str | None, offline: bool) -> CheckpointSou
         ) as cause:  # the Hub client raises its own, the HTTP library's and the system's errors
             reason = (str(cause) or repr(cause)).strip().splitlines()[0]
             raise SourceError(
-                f"{hub_id} is neither a folder nor in the Hub cache, and cannot be downloaded ({reason}). "
+                f"{hub_id} is no folder, is not whole in the Hub cache, and cannot be "
+                f"downloaded ({reason}). Whole files are kept: the same command goes on from there. "
                 f"For a gated model, log in with `hf auth login`. {_INSTEAD}"
             ) from cause
     assert folder is not None
     return CheckpointSource(
         folder, hub_id.split("/")[1], hub_id, folder.name
     )  # the cache names folders by commit
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether all files of a checkpoint are there: an interrupted download leaves some out."""
+    expected = [folder / "config.json", folder / "tokenizer.json", *weight_files(folder)]
+    return all(path.is_file() for path in expected)
