@@ -15,7 +15,7 @@ from .geometry import ACTIVATIONS
 
 # Two convolutions of stride 2: the log-mel frames that become one soft token.
 FRAMES_PER_TOKEN = 4
-CALL_TOKENS = 96  # soft tokens that a runtime encodes in one call at most: bounds the memory of activations
+CALL_TOKENS = 48  # soft tokens that a runtime encodes in one call at most: bounds the memory of activations
 # Beyond it exp() of the difference to any capped logit is zero in float32.
 MASKED_MARGIN = 104.0
 

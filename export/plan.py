@@ -33,7 +33,7 @@ PROCESS_BYTES = 140 << 20
 # Activations that live at once in a prefill chunk, in multiples of one row of the widest layer.
 LIVE_ROWS = 6
 # Copies of the widest activation that live at once in a call of the audio encoder.
-AUDIO_LIVE = 3
+AUDIO_LIVE = 8
 
 
 @dataclass(frozen=True)

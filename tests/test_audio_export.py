@@ -17,6 +17,7 @@ from gemma_edge.export.audio_settings import read_mel_settings
 from gemma_edge.export.bundle import write_bundle
 from gemma_edge.export.checkpoint import CheckpointError
 from gemma_edge.export.plan import BudgetError, total_bytes
+from gemma_edge.export.report import report
 from gemma_edge.runtime.bundle import open_bundle
 from gemma_edge.runtime.errors import ConfigError
 
@@ -58,6 +59,12 @@ def test_the_manifest_describes_the_encoder(tiny_bundle):
     stored = manifest.files["audio_encoder.onnx.data"].size_bytes
     assert stored < manifest.memory.audio_bytes < stored + (2 << 20)
     assert total_bytes(manifest.memory) > manifest.memory.audio_bytes + manifest.memory.weights_bytes
+
+
+def test_the_closing_report_counts_the_encoder(checkpoint: Path, tmp_path: Path):
+    prepared = prepare_tiny(checkpoint, tmp_path / "bundle")
+    text = report(tmp_path / "bundle", prepared, write_bundle(prepared))
+    assert "audio encoder, while it is open" in text and "audio_encoder.onnx.data" in text
 
 
 def test_a_model_without_ears(tiny_bundle):

@@ -55,7 +55,7 @@ class Ears:
     audio: Audio
     whole_graph: ort.InferenceSession
     stream_graph: ort.InferenceSession
-    reference: AudioEncoder
+    reference: AudioEncoder | None
 
     def whole(self, frames: np.ndarray) -> np.ndarray:
         """(frames, bins) -> (tokens, hidden)"""
