@@ -196,10 +196,7 @@ def _rule_for(recipe: Recipe, name: str, held: Held | None) -> Rule:
 def _imported(rule: Rule, profile: DeviceProfile, held: Held, width: int, is_table: bool) -> Storage:
     """Scales are the checkpoint's whatever the block, so a table that is only looked up gets the largest."""
     group = width // held.columns
-    if is_table and rule.block == "device":
-        asked = 1 << (group.bit_length() - 1)
-    else:
-        asked = _asked(rule, profile, held.bits)
+    asked = 1 << (group.bit_length() - 1) if is_table else _asked(rule, profile, held.bits)
     return Storage(held.bits, _dividing(asked, group), "import")
 
 
