@@ -34,6 +34,7 @@ PROCESS_BYTES = 140 << 20
 LIVE_ROWS = 6
 # Copies of the widest activation that live at once in a call of the audio encoder.
 AUDIO_LIVE = 8
+AUDIO_SESSION_BYTES = 32 << 20  # what ONNX Runtime keeps for the graph besides
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,8 @@ def _audio_bytes(
     state = 4 * sum(math.prod(tensor.shape) for tensor in audio.state)
     subsampled = CALL_TOKENS * FRAMES_PER_TOKEN // 2 * audio.half_bins * audio.channels[0]
     inner = CALL_TOKENS * 4 * audio.hidden_size
-    return stored + relative_keys + 2 * state + 4 * AUDIO_LIVE * (subsampled + inner)
+    activations = 4 * AUDIO_LIVE * (subsampled + inner)
+    return stored + relative_keys + 2 * state + activations + AUDIO_SESSION_BYTES
 
 
 def _cache_copy_bytes(caches: Caches, provider: str) -> int:

@@ -54,7 +54,7 @@ def test_parity(checkpoint: Path, expected: dict[int, np.ndarray], tmp_path: Pat
 
 
 def test_eight_bits(checkpoint: Path, expected: dict[int, np.ndarray], tmp_path: Path):
-    """Random weights with bounds that clip often are a hard case; the error is that of int8 activations."""
+    """Random weights with bounds that clip are a hard case: 8 bits add up over 123 products."""
     bundle = export_tiny(tmp_path, checkpoint=checkpoint, recipe="int4", budget_mib=4096).bundle
     encoder = AudioEncoder(bundle, threads=2)
     for length in (48, 998):
