@@ -1,6 +1,6 @@
-"""Token ids in, token ids out: chunked prefill, the decode loop, stop ids, cancellation; knows no text.
+"""A prompt in, token ids out: chunked prefill, the decode loop, stop ids, cancellation; knows no text.
 
-    prompt ids --chunks--> session.prefill … --> sampler --> token --> session.step --> sampler --> …
+    prompt --chunks--> session.prefill … --> sampler --> token --> session.step --> sampler --> …
 
 A generation starts at position 0 and overwrites what the last one left in the caches: their valid length
 follows from the position, so nothing leaks from one request into the next.
@@ -9,7 +9,7 @@ follows from the position, so nothing leaks from one request into the next.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from .bundle import Bundle
 from .errors import RequestError
+from .prompt import Chunks, Part
 from .sampler import Sampler, SamplingParams
 from .session import Session
 from .stats import EngineFinish, GenerationStats
@@ -39,6 +40,10 @@ class Engine:
         self.eos = frozenset(bundle.manifest.tokens.eos)
         self.last_stats: GenerationStats | None = None
         self._vocab_size = bundle.manifest.geometry.vocab_size
+        self._hidden_size = bundle.manifest.geometry.hidden_size
+        self._pad = bundle.manifest.tokens.pad
+        audio = bundle.manifest.audio
+        self._placeholder = self._pad if audio is None else audio.tokens.placeholder
         self._session = Session(bundle, threads=threads)
         self._generation = 0
 
@@ -58,18 +63,46 @@ class Engine:
         "invalid_request". Going on with a generation after another one was started raises RuntimeError.
         """
         ids = self._check_prompt(prompt_ids)
-        room = self.context - len(ids)
+        self._check_room(len(ids), max_new_tokens)
+        return self.generate_from([ids.tolist()], params, max_new_tokens=max_new_tokens, cancel=cancel)
+
+    def generate_from(
+        self,
+        parts: Iterable[Part],
+        params: SamplingParams | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        cancel: CancelSignal | None = None,
+    ) -> Iterator[int]:
+        """As `generate`, for a prompt in parts that are run as they arrive.
+
+        What the iterator of `parts` raises passes through. Raises RequestError when a part is too much.
+        """
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise RequestError(
+                "invalid_request", f"max_new_tokens: expected at least 1, got {max_new_tokens}"
+            )
+        self._generation += 1
+        chunks = Chunks(
+            parts,
+            size=self._session.chunk,
+            pad=self._pad,
+            placeholder=self._placeholder,
+            hidden=self._hidden_size,
+        )
+        return self._run(chunks, params or SamplingParams(), max_new_tokens, cancel, self._generation)
+
+    def _check_room(self, length: int, max_new_tokens: int | None) -> int:
+        """How many new tokens there may be after a prompt of `length`."""
+        room = self.context - length
         wanted = room if max_new_tokens is None else max_new_tokens
-        if wanted < 1 and max_new_tokens is not None:
-            raise RequestError("invalid_request", f"max_new_tokens: expected at least 1, got {wanted}")
         if wanted > room or room < 1:
             raise RequestError(
                 "context_length_exceeded",
-                f"the prompt has {len(ids)} tokens, {max(wanted, 1)} new ones asked for, the context holds "
+                f"the prompt has {length} tokens, {max(wanted, 1)} new ones asked for, the context holds "
                 f"{self.context}; shorten the prompt, ask for fewer, or export with a larger --context",
             )
-        self._generation += 1
-        return self._run(ids, params or SamplingParams(), wanted, cancel, self._generation)
+        return wanted
 
     def _check_prompt(self, prompt_ids: Sequence[int]) -> npt.NDArray[np.int64]:
         ids = np.asarray(prompt_ids, dtype=np.int64)
@@ -81,25 +114,31 @@ class Engine:
 
     def _run(
         self,
-        ids: npt.NDArray[np.int64],
+        chunks: Chunks,
         params: SamplingParams,
-        max_new_tokens: int,
+        max_new_tokens: int | None,
         cancel: CancelSignal | None,
         generation: int,
     ) -> Iterator[int]:
         session = self._session
-        sampler = Sampler(params, ids, self._vocab_size)  # type: ignore[arg-type]
         finish: EngineFinish = "cancelled"
         new_tokens = decode_steps = 0
         token = -1
-        prefill_s = ttft_s = decode_s = 0.0
+        prefill_s = complete_s = ttft_s = decode_s = 0.0
         start = time.perf_counter()
         try:
-            done = self._prefill(ids, cancel)
-            prefill_s = time.perf_counter() - start
-            if not done:
-                return
-            position = len(ids)
+            for chunk in chunks:
+                before = time.perf_counter()
+                complete_s = before - start
+                self._check_current(generation)
+                self._check_room(chunks.length, max_new_tokens)
+                if cancel is not None and cancel.is_set():
+                    return
+                session.prefill(chunk.ids, chunk.position, last=chunk.last, heard=chunk.heard)
+                prefill_s += time.perf_counter() - before
+            wanted = self._check_room(chunks.length, max_new_tokens)
+            sampler = Sampler(params, chunks.ids, self._vocab_size)
+            position = chunks.length
             while True:
                 before = time.perf_counter()
                 if new_tokens:
@@ -116,27 +155,20 @@ class Engine:
                     finish = "stop"
                     return
                 new_tokens += 1
-                if new_tokens == max_new_tokens:
+                if new_tokens == wanted:
                     finish = "length"
                 yield token
-                if new_tokens == max_new_tokens:
+                if new_tokens == wanted:
                     return
-                if generation != self._generation:
-                    raise RuntimeError("another generation was started on this engine; this one cannot go on")
+                self._check_current(generation)
                 if cancel is not None and cancel.is_set():
                     return
         finally:
             if generation == self._generation:
                 self.last_stats = GenerationStats(
-                    len(ids), new_tokens, prefill_s, ttft_s, decode_s, decode_steps, finish
+                    chunks.length, new_tokens, prefill_s, ttft_s, decode_s, decode_steps, finish, complete_s
                 )
 
-    def _prefill(self, ids: npt.NDArray[np.int64], cancel: CancelSignal | None) -> bool:
-        """Fill the caches chunk by chunk and set the logits of the last id. False if cancelled on the way."""
-        chunk = self._session.chunk
-        for position in range(0, len(ids), chunk):
-            if cancel is not None and cancel.is_set():
-                return False
-            part = ids[position : position + chunk]
-            self._session.prefill(part, position, last=position + len(part) == len(ids))
-        return True
+    def _check_current(self, generation: int) -> None:
+        if generation != self._generation:
+            raise RuntimeError("another generation was started on this engine; this one cannot go on")

@@ -19,6 +19,7 @@ from .bundle import Bundle
 from .cache import KvCaches
 from .errors import BundleError
 from .machine import usable_cpus
+from .prompt import Heard
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -66,14 +67,21 @@ class Session:
         """Logits of the last position run, (vocab,): a view that the next run overwrites."""
         return self._logits[0, 0]
 
-    def prefill(self, ids: npt.NDArray[np.int64], position: int, *, last: bool) -> None:
-        """Run up to `chunk` ids at `position`, `position + 1`, …; `logits` is set only if `last`."""
+    def prefill(
+        self, ids: npt.NDArray[np.int64], position: int, *, last: bool, heard: Heard | None = None
+    ) -> None:
+        """Run up to `chunk` ids at `position`, `position + 1`, …; `logits` is set only if `last`.
+
+        heard: the rows that go in place of some ids' embeddings; those ids are the pad token.
+        """
         rows = len(ids)
         embed, decode = self._bindings_for(rows, keep=1 if last else 0)
         self._ids[0, :rows] = ids
         self._positions[0, :rows] = np.arange(position, position + rows)
         self._bind_mask(decode, position + rows)
         self.embeddings.run_with_iobinding(embed)
+        if heard is not None:
+            self._embedded["inputs_embeds"][0, heard.at] = heard.rows
         # The last chunk gives the arena's memory for wide activations back: decoding needs little.
         self.decoder.run_with_iobinding(decode, self._shrink if last and rows > 1 else None)
 

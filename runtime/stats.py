@@ -17,11 +17,12 @@ class GenerationStats:
 
     prompt_tokens: int
     new_tokens: int  # yielded ones: a stop id is not counted
-    prefill_s: float
-    ttft_s: float  # until the first token was chosen; 0.0 when none was
+    prefill_s: float  # running the prompt
+    ttft_s: float  # from the start until the first token was chosen; 0.0 when none was
     decode_s: float  # all decode steps together
     decode_steps: int
     finish: EngineFinish
+    complete_s: float = 0.0  # from the start until the prompt was there whole: a live one arrives slowly
 
     @property
     def prefill_tokens_per_s(self) -> float:

@@ -158,7 +158,7 @@ def test_cancelling_between_chunks_runs_no_further_chunk(endless: Engine, monkey
     monkeypatch.setattr(
         endless._session,
         "prefill",
-        lambda ids, position, *, last: (ran.append(position), run(ids, position, last=last)),
+        lambda ids, position, **rest: (ran.append(position), run(ids, position, **rest)),
     )
     assert list(endless.generate(prompt_of(100), max_new_tokens=5, cancel=SetAfter(2))) == []
     assert ran == [0, CHUNK]
