@@ -316,7 +316,10 @@ def _written_aside(out: Path, force: bool) -> Iterator[Path]:
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, OSError):
-                raise ExportError(f"{out}: cannot be written ({error}); choose another --out") from error
+                raise ExportError(
+                    f"{out}: cannot be written ({error}); nothing of it is kept: free some space, or choose "
+                    "another --out"
+                ) from error
             raise
     finally:
         os.close(lock)

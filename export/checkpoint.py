@@ -188,8 +188,8 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
         raise CheckpointError(
             f"{index}: not an index of weight files ({cause!r}); download it again"
         ) from cause
-    for name in set(map(str, weight_map.values())):
-        if Path(name).name != name:
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name:
             raise CheckpointError(f"{index}: {name!r} is not the name of a file beside it; download it again")
     return weight_map
 

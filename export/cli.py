@@ -33,7 +33,11 @@ def run_export(args: argparse.Namespace) -> int:
         out = args.out or BUNDLES / f"{source.name}-{profile.name}-{recipe.name}"
         job = Job(source, profile, recipe, args.context, out, args.force, audio=not args.no_audio)
         prepared = prepare(job)
-        manifest = write_with_progress(prepared)
+        try:
+            manifest = write_with_progress(prepared)
+        except KeyboardInterrupt:
+            print(f"gemma-edge: {out}: not finished, nothing of it is kept", file=sys.stderr)
+            raise
     print(report(out, prepared, manifest))
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -123,6 +124,23 @@ def test_a_failed_export_leaves_nothing_and_the_old_bundle(checkpoint: Path, tmp
     assert {path.name: sha256_file(path) for path in out.iterdir()} == before
 
 
+def test_a_disk_that_fills_up_leaves_nothing(checkpoint: Path, tmp_path: Path):
+    """Files may not grow beyond 100 KB: the data file of the weights does."""
+    profile = write_profile(tmp_path, tiny_profile())
+    out = tmp_path / "bundles" / "bundle"
+    command = [sys.executable, "-m", "gemma_edge.cli", "export", "--model", str(checkpoint)]
+    done = subprocess.run(
+        [*command, "--device", str(profile), "--recipe", "fp32", "--out", str(out)],
+        check=False,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY)),
+    )
+    assert done.returncode == 1, done.stderr
+    assert re.search(r"bundle: cannot be written .*File too large.*nothing of it is kept", done.stderr)
+    assert list((tmp_path / "bundles").iterdir()) == []
+
+
 def test_a_full_disk_is_found_before_the_work(checkpoint: Path, tmp_path: Path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
     monkeypatch.setattr(export_bundle.shutil, "disk_usage", lambda place: usage)
@@ -158,7 +176,7 @@ def test_an_interrupted_export_leaves_nothing(checkpoint: Path, tmp_path: Path, 
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors.decode()
-    assert b"interrupted" in errors
+    assert b"nothing of it is kept" in errors and b"interrupted" in errors
     assert list((tmp_path / "bundles").iterdir()) == []
 
 

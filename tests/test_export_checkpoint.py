@@ -83,7 +83,16 @@ def test_a_number_type_that_cannot_be_read_is_named(checkpoint: Path, tmp_path: 
         tensors["model.norm.weight"] = torch.ones(64, dtype=torch.int8)
 
     change_tensors(checkpoint, as_integers)
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is I8"):
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is I8, expected BF16, F16, F32"):
+        prepare_tiny(checkpoint, tmp_path / "out")
+
+    def as_float8(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.norm.weight"] = torch.ones(64).to(torch.float8_e4m3fn)
+
+    change_tensors(checkpoint, as_float8)
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: model\.norm\.weight is F8_E4M3, expected"
+    ):
         prepare_tiny(checkpoint, tmp_path / "out")
 
 
@@ -103,6 +112,85 @@ def test_a_damaged_header_is_refused(tmp_path: Path):
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(100))
     with pytest.raises(CheckpointError, match="w has 4 bytes"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(dtype="F32", shape=[1]),
+        dict(dtype="F32", shape=[1], data_offsets=[0]),
+        dict(dtype="F32", shape="wide", data_offsets=[0, 4]),
+        dict(shape=[1], data_offsets=[0, 4]),
+        [1, 2],
+    ],
+)
+def test_a_damaged_entry_of_a_header_is_named(tmp_path: Path, fields: object):
+    header = json.dumps({"__metadata__": {}, "w": fields}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(100))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: its safetensors header is damaged at w"):
+        open_checkpoint(tmp_path)
+
+
+def test_negative_lengths_are_refused(tmp_path: Path):
+    header = json.dumps({"w": dict(dtype="F32", shape=[-1, -1], data_offsets=[0, 4])}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(100))
+    with pytest.raises(CheckpointError, match=r"w has 4 bytes, its shape \(-1, -1\) needs another number"):
+        open_checkpoint(tmp_path)
+
+
+def test_what_git_leaves_without_lfs_is_named(tmp_path: Path):
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: a Git LFS pointer \(\d+ bytes\)"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        "no JSON",
+        "{}",
+        '{"weight_map": 3}',
+        "[]",
+        '{"weight_map": {"w": "../secret"}}',
+        '{"weight_map": {"w": ["a"]}}',
+    ],
+)
+def test_a_damaged_index_is_refused(tmp_path: Path, index: str):
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json: .*download it again"):
+        open_checkpoint(tmp_path)
+
+
+def test_two_tensors_of_one_name_are_refused(tmp_path: Path):
+    save_file(
+        {"model.norm.weight": torch.ones(4), "norm.weight": torch.ones(4)}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(
+        CheckpointError, match=r"norm\.weight is also in model\.safetensors, as .*norm\.weight"
+    ):
+        open_checkpoint(tmp_path)
+
+
+def test_the_shard_that_lacks_a_tensor_is_named(tmp_path: Path):
+    folder = write_tiny_checkpoint(tmp_path / "checkpoint", shards=2)
+    shard = "model-00001-of-00002.safetensors"
+    tensors = load_file(folder / shard)
+    name = next(name for name in tensors if ".mlp." in name)
+    del tensors[name]
+    save_file(tensors, folder / shard)
+    expected = rf"{shard}: tensor {name.removeprefix('model.')} is missing".replace(".", r"\.")
+    with pytest.raises(CheckpointError, match=expected):
+        prepare_tiny(folder, tmp_path / "out")
+
+
+def test_a_truncated_shard_is_found_before_the_work(tmp_path: Path):
+    folder = write_tiny_checkpoint(tmp_path / "checkpoint", shards=2)
+    shard = folder / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(
+        CheckpointError, match=rf"{shard.name}: truncated: \S+ ends at byte .*download it again"
+    ):
+        prepare_tiny(folder, tmp_path / "out")
 
 
 def test_a_missing_shard_is_named(tmp_path: Path):
