@@ -8,6 +8,7 @@ step rebinds one input only: the attention mask, a longer view of one array of o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from .bundle import Bundle
 from .cache import KvCaches
 from .errors import BundleError
 from .machine import usable_cpus
+from .pieces import pieces
 from .prompt import Heard
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
@@ -34,6 +36,7 @@ class Session:
         geometry = manifest.geometry
         provider = manifest.runtime.execution_provider
         self.chunk = min(manifest.runtime.prefill_chunk, manifest.caches.context)
+        self._provider, self._heads = provider, geometry.num_attention_heads
         # More threads than CPUs wait for each other in turns: a decode step takes ten times as long.
         self.threads = threads or min(manifest.runtime.threads, usable_cpus())
         self.decoder = open_graph(bundle.decoder, self.threads, provider)
@@ -58,7 +61,8 @@ class Session:
 
         self._embed_step = self._bind_embeddings(1)
         self._decode_step = self._bind_decoder(1, keep=1)
-        self._chunk_bindings: dict[tuple[int, int], tuple[ort.IOBinding, ort.IOBinding]] = {}
+        self._embed_chunk = self._bind_embeddings(chunk)
+        self._decode_chunk = {keep: self._bind_decoder(chunk, keep) for keep in (0, 1)}
         self._shrink = ort.RunOptions()
         self._shrink.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
@@ -75,15 +79,18 @@ class Session:
         heard: the rows that go in place of some ids' embeddings; those ids are the pad token.
         """
         rows = len(ids)
-        embed, decode = self._bindings_for(rows, keep=1 if last else 0)
         self._ids[0, :rows] = ids
         self._positions[0, :rows] = np.arange(position, position + rows)
-        self._bind_mask(decode, position + rows)
-        self.embeddings.run_with_iobinding(embed)
+        self.embeddings.run_with_iobinding(self._embeddings_for(rows))
         if heard is not None:
             self._embedded["inputs_embeds"][0, heard.at] = heard.rows
-        # The last chunk gives the arena's memory for wide activations back: decoding needs little.
-        self.decoder.run_with_iobinding(decode, self._shrink if last and rows > 1 else None)
+        for first, count in self._pieces(rows, position):
+            end = first + count
+            ends = last and end == rows
+            decode = self._decoder_for(first, count, keep=1 if ends else 0)
+            self._bind_mask(decode, position + end)
+            # The last piece gives the arena's memory for wide activations back: decoding needs little.
+            self.decoder.run_with_iobinding(decode, self._shrink if ends and rows > 1 else None)
 
     def step(self, token: int, position: int) -> None:
         """Run one id at `position` and set `logits`."""
@@ -93,14 +100,20 @@ class Session:
         self.embeddings.run_with_iobinding(self._embed_step)
         self.decoder.run_with_iobinding(self._decode_step)
 
-    def _bindings_for(self, rows: int, keep: int) -> tuple[ort.IOBinding, ort.IOBinding]:
-        """Bindings for a chunk. Only whole chunks and single rows come often: ragged ones are made anew."""
-        found = self._chunk_bindings.get((rows, keep))
-        if found is None:
-            found = (self._bind_embeddings(rows), self._bind_decoder(rows, keep))
-            if rows == self.chunk:
-                self._chunk_bindings[rows, keep] = found
-        return found
+    def _pieces(self, rows: int, position: int) -> Iterable[tuple[int, int]]:
+        """Rows of a chunk that the decoder takes at a time: (first, count). CUDA holds no scores."""
+        if self._provider != "cpu":
+            return ((0, rows),)
+        return pieces(rows, position, self._heads)
+
+    def _embeddings_for(self, rows: int) -> ort.IOBinding:
+        """Only whole chunks come often: the binding of a ragged one is made anew."""
+        return self._embed_chunk if rows == self._ids.shape[1] else self._bind_embeddings(rows)
+
+    def _decoder_for(self, first: int, count: int, *, keep: int) -> ort.IOBinding:
+        if count == self._ids.shape[1]:
+            return self._decode_chunk[keep]
+        return self._bind_decoder(count, keep, first)
 
     def _bind_embeddings(self, rows: int) -> ort.IOBinding:
         binding = self.embeddings.io_binding()
@@ -109,11 +122,12 @@ class Session:
             binding.bind_output(name, "cpu", 0, buffer.dtype, (1, rows, buffer.shape[2]), buffer.ctypes.data)
         return binding
 
-    def _bind_decoder(self, rows: int, keep: int) -> ort.IOBinding:
+    def _bind_decoder(self, rows: int, keep: int, first: int = 0) -> ort.IOBinding:
+        """first: row of the buffers to begin with."""
         binding = self.decoder.io_binding()
         for name, buffer in self._embedded.items():
-            _bind_input(binding, name, buffer, (1, rows, buffer.shape[2]))
-        _bind_input(binding, "position_ids", self._positions, (1, rows))
+            _bind_input(binding, name, buffer[:, first:], (1, rows, buffer.shape[2]))
+        _bind_input(binding, "position_ids", self._positions[:, first:], (1, rows))
         _bind_input(binding, _KEEP, self._keep[keep], (1,))
         self.caches.bind(binding)
         if keep:
