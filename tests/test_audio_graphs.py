@@ -1,4 +1,4 @@
-"""Audio encoder graphs against transformers: five shapes, every kind of length, whole and in any chunks."""
+"""Audio encoder graphs against transformers: four shapes, every kind of length, whole and in any chunks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,15 @@ LENGTHS = [*range(1, 18), 47, 48, 49, 50, 95, 96, 97, 203, 1000]
 # name -> audio config; see `export.audio_geometry._relative_positions` for what the context sizes do.
 SHAPES: dict[str, dict[str, Any]] = {
     "e2b": TINY,
-    "positions run out": TINY | dict(attention_chunk_size=3, attention_context_left=12, num_hidden_layers=1),
+    "positions run out, gradients clipped": TINY
+    | dict(
+        attention_chunk_size=3,
+        attention_context_left=12,
+        gradient_clipping=0.9,
+        conv_kernel_size=2,
+        num_attention_heads=16,
+        num_hidden_layers=1,
+    ),
     "positions shifted, right 1": TINY
     | dict(attention_chunk_size=16, attention_context_left=5, attention_context_right=1, num_hidden_layers=1),
     "not clipped, other numbers": dict(
@@ -43,8 +51,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         output_proj_dims=20,
         hidden_act="gelu_pytorch_tanh",
     ),
-    "gradients clipped": TINY
-    | dict(gradient_clipping=0.9, conv_kernel_size=2, num_attention_heads=16, num_hidden_layers=1),
 }
 
 

@@ -15,12 +15,12 @@ from transformers.models.gemma4.modeling_gemma4 import (
     Gemma4MultimodalEmbedder,
 )
 
-# E2B's audio_config in small: 16 log-mel bins, two layers.
+# E2B's audio_config in small: two layers, and 128 log-mel bins, which real sound needs.
 TINY: dict[str, Any] = dict(
     hidden_size=32,
     num_hidden_layers=2,
     num_attention_heads=2,
-    subsampling_conv_channels=[16, 4],
+    subsampling_conv_channels=[128, 4],
     output_proj_dims=24,
 )
 FULL_SIZE: dict[str, Any] = dict()  # the config's defaults are E2B's
