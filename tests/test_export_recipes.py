@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from fnmatch import fnmatch
 from pathlib import Path
@@ -195,3 +196,16 @@ def test_two_bits_of_a_users_own(checkpoint: Path, tmp_path: Path):
     weights = load_graph(bundle.path / "decoder.onnx").dequantized()["layers.0.mlp.up_proj.weight"]
     assert max(len(np.unique(row[:32])) for row in weights) == 4
     assert np.isfinite(GraphRunner(bundle.path).run([5, 6, 7])).all()
+
+
+def test_the_documents_table_is_the_commands(monkeypatch: pytest.MonkeyPatch):
+    """docs/recipes.md says what `python bench/recipes.py` prints."""
+    root = Path(__file__).parent.parent
+    monkeypatch.syspath_prepend(str(root / "bench"))
+    spec = importlib.util.spec_from_file_location("bench_recipes", root / "bench" / "recipes.py")
+    assert spec is not None and spec.loader is not None
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    rows = bench.figures("x86-64-generic")
+    assert "\n".join(bench.table(rows)) in (root / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert {row["recipe"] for row in rows} == {path.stem for path in recipes_folder().glob("*.yaml")}
