@@ -11,6 +11,7 @@ from torch import nn
 
 from ..runtime.bundle import Caches, KvDtype, Memory
 from ..runtime.errors import ConfigError, GemmaEdgeError
+from ..runtime.pieces import scores_bytes
 from ..runtime.profile import DeviceProfile
 from .audio_geometry import CALL_TOKENS, FRAMES_PER_TOKEN, AudioModel
 from .geometry import TextModel, plan_caches
@@ -284,8 +285,8 @@ def _activation_bytes(model: TextModel, chunk: int, context: int) -> int:
         shape.num_attention_heads * shape.global_head_dim,
     )
     per_layer = 3 * shape.num_hidden_layers * shape.hidden_size_per_layer_input
-    scores = shape.num_attention_heads * chunk * context  # of one full-attention layer
-    return 4 * (chunk * (LIVE_ROWS * widest + per_layer) + scores + 3 * shape.vocab_size)
+    scores = scores_bytes(chunk, context, shape.num_attention_heads)  # of one full-attention layer
+    return 4 * (chunk * (LIVE_ROWS * widest + per_layer) + 3 * shape.vocab_size) + scores
 
 
 def _largest_context(fits, context: int) -> int:
