@@ -112,7 +112,7 @@ def tensors_of(config: dict[str, Any]) -> list[Tensor]:
             _quantize_modules(model, quantization)
     text = model.config.get_text_config()
     packed = {name: module for name, module in model.named_modules() if hasattr(module, "num_bits")}
-    state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
     if text.tie_word_embeddings:
         del state["lm_head.weight"]
     types = {torch.uint8: "U8", torch.int8: "I8"}
@@ -120,11 +120,11 @@ def tensors_of(config: dict[str, Any]) -> list[Tensor]:
     found = [
         Tensor(
             name,
-            _dtype(name, types.get(model.state_dict()[name].dtype), full),
-            _scale_shape(name, shape, text),
+            _dtype(name, types.get(tensor.dtype), full),
+            _scale_shape(name, tuple(tensor.shape), text),
             *_packing(name, packed.get(name.rpartition(".")[0])),
         )
-        for name, shape in state.items()
+        for name, tensor in state.items()
     ]
     return sorted((*found, *_dead(found, text, bool(quantization))), key=lambda tensor: tensor.name)
 
