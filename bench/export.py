@@ -11,6 +11,7 @@ looked at 20 times a second: pages that they share count more than once, the pag
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -45,7 +46,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=args.work) as work:
         checkpoint = args.checkpoint or write_synthetic(Path(work) / "checkpoint", args.model, args.recipe)
         out = args.out or Path(work) / "bundle"
-        seconds, peak_rss_bytes = measure(export_command(args, checkpoint, out))
+        seconds, cpu_seconds, peak_rss_bytes = measure(export_command(args, checkpoint, out))
         manifest = open_bundle(out).manifest
         bundle_bytes = sum(path.stat().st_size for path in out.iterdir())
     print_json(
@@ -56,6 +57,7 @@ def main() -> int:
             device=args.device,
             context=manifest.caches.context,
             seconds=round(seconds, 1),
+            cpu_seconds=round(cpu_seconds, 1),
             peak_rss_bytes=peak_rss_bytes,
             bundle_bytes=bundle_bytes,
             bytes_read_per_token=manifest.memory.read_per_token_bytes,
@@ -79,8 +81,9 @@ def export_command(args: argparse.Namespace, checkpoint: Path, out: Path) -> lis
     return command + (["--context", str(args.context)] if args.context else [])
 
 
-def measure(command: list[str]) -> tuple[float, int]:
-    """Seconds, and the most bytes resident at once in the process and its children."""
+def measure(command: list[str]) -> tuple[float, float, int]:
+    """Seconds, seconds of CPU, and the most bytes resident at once in the process and its children."""
+    before = os.times()
     started = time.perf_counter()
     process = psutil.Popen(command)
     peak = 0
@@ -89,14 +92,19 @@ def measure(command: list[str]) -> tuple[float, int]:
         time.sleep(SAMPLE_S)
     if process.returncode:
         raise SystemExit(f"bench/export.py: {' '.join(command)} ended with {process.returncode}")
-    return time.perf_counter() - started, peak
+    after = os.times()
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return time.perf_counter() - started, cpu, peak
 
 
 def resident(process: Any) -> int:
     total = 0
     try:
-        for each in (process, *process.children(recursive=True)):
-            total += each.memory_info().rss
+        command = process.cmdline()
+        total += process.memory_info().rss
+        for child in process.children(recursive=True):
+            if child.cmdline() != command:  # else it is about to start, and still has its parent's memory
+                total += child.memory_info().rss
     except psutil.NoSuchProcess:  # it has just ended
         pass
     return total

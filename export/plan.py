@@ -157,12 +157,16 @@ def make_plan(
     budget = profile.memory.budget_mib << 20
     if total_bytes(memory) > budget:
         fits = _largest_context(lambda tokens: total_bytes(at(tokens)[1]) <= budget, context)
-        raise BudgetError(_over_budget(profile, memory, context, fits))
+        raise BudgetError(_over_budget(profile, memory, context, fits), fits)
     return Plan(weights + audio_weights, small | audio_small, folded, caches, memory, head)
 
 
 class BudgetError(GemmaEdgeError):
-    """The model with this context does not fit the device."""
+    """The model with this context does not fit the device; `fits` is the largest context that would, or 0."""
+
+    def __init__(self, message: str, fits: int) -> None:
+        super().__init__(message)
+        self.fits = fits
 
 
 def total_bytes(memory: Memory) -> int:
@@ -237,7 +241,7 @@ def _predict(
     in_memory = sum(weight.resident_bytes for weight in multiplied) + small_bytes
     return Memory(
         weights_bytes=in_memory,
-        mapped_bytes=sum(weight.size_bytes for weight in tables) + _rope_bytes(model, caches.context),
+        mapped_bytes=sum(weight.size_bytes for weight in tables) + rope_bytes(model, caches.context),
         kv_bytes=caches.size_bytes,
         overhead_bytes=PROCESS_BYTES
         + _activation_bytes(model, profile.prefill_chunk, caches.context)
@@ -272,7 +276,8 @@ def _cache_copy_bytes(caches: Caches, provider: str) -> int:
     return values[-1] if caches.dtype == "int8" else 4 * (values[-1] + sum(values[-2:]))
 
 
-def _rope_bytes(model: TextModel, context: int) -> int:
+def rope_bytes(model: TextModel, context: int) -> int:
+    """Of the rotary tables, which cover the context."""
     head_dims = {layer.layer_type: layer.head_dim for layer in model.layers}
     return sum(context * head_dim * 4 for head_dim in head_dims.values())
 
