@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from ...runtime.bundle import Bundle, open_bundle, sha256_file
@@ -46,6 +47,8 @@ def _verify(args: argparse.Namespace) -> Verification:
     model = read_text_model(source.folder)
     _check_pair(bundle, model, source.folder)
     texts, tokenizer = load_texts(args.prompts, bundle, args.max_tokens)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     weights = SourceWeights(open_checkpoint(source.folder), model)
     style = dict(
         file=sys.stderr, dynamic_ncols=True, leave=False, bar_format="{elapsed} {desc}", disable=None
