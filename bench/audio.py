@@ -96,21 +96,25 @@ def chunk_row(encoder: AudioEncoder, sound: np.ndarray, tokens: int, repeats: in
     samples = round(tokens / audio.tokens_per_s * RATE)
     stream = encoder.stream(RATE, chunk_tokens=tokens, max_tokens=10**6)
     stream.push(sound[:8000])
-    times = []
+    times: list[float] = []
+    cpu_times: list[float] = []
     for index in range(repeats + 2):
         start = index * samples % (len(sound) - samples)
         piece = sound[start : start + samples]
+        cpu_start = time.process_time()
         times.append(timed(lambda piece=piece: stream.push(piece)))
-    chunk_s, best_s = median(times[2:]), min(times[2:])
+        cpu_times.append(time.process_time() - cpu_start)
+    chunk_s, best_s, cpu_s = median(times[2:]), min(times[2:]), median(cpu_times[2:])
     row = {
         "chunk_tokens": tokens,
         "chunk_ms": round(chunk_s * 1e3, 1),
         "best_ms": round(best_s * 1e3, 1),
+        "cpu_ms": round(cpu_s * 1e3, 1),  # of all threads: what other processes take away is not in it
         "real_time_factor": round(chunk_s / (samples / RATE), 3),
     }
     print(
         f"chunk of {tokens} soft tokens ({samples / RATE * 1e3:.0f} ms of sound): {row['chunk_ms']} ms, "
-        f"best {row['best_ms']}, "
+        f"best {row['best_ms']}, {row['cpu_ms']} ms of CPU, "
         f"real-time factor {row['real_time_factor']}"
     )
     return row
