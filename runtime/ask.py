@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import sys
 import time
@@ -26,6 +27,14 @@ def add_ask_arguments(parser: argparse.ArgumentParser) -> None:
         help='messages instead: a list, or an object with "messages" and "tools"; "-" reads stdin',
     )
     parser.add_argument("--system", help="system prompt")
+    parser.add_argument(
+        "--audio",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a sound that the model hears after the prompt; may be repeated, and need no prompt",
+    )
     parser.add_argument("--max-tokens", type=int, metavar="N", help="longest answer (default: what fits)")
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
@@ -59,6 +68,7 @@ def run_ask(args: argparse.Namespace) -> int:
     from .chat import load_template
     from .engine import Engine
     from .service import Service
+    from .sounds import open_ears
     from .tokenizer import load_tokenizer
 
     request = _request(args)
@@ -66,8 +76,9 @@ def run_ask(args: argparse.Namespace) -> int:
     bundle = open_bundle(args.bundle)
     engine = Engine(bundle, threads=args.threads)
     tokenizer, template = load_tokenizer(bundle), load_template(bundle)
+    ears = open_ears(bundle, threads=args.threads) if args.audio else None
     load_s = time.perf_counter() - start
-    with Service(engine, tokenizer, template, model_name=bundle.name) as service:
+    with Service(engine, tokenizer, template, model_name=bundle.name, ears=ears) as service:
         done = _print_answer(service, request)
     if args.stats:
         _print_stats(done, load_s)
@@ -99,11 +110,16 @@ def _request(args: argparse.Namespace) -> ChatRequest:
 
 def _messages(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Messages and tools from --json, or from the prompt and --system."""
-    if (args.prompt is None) == (args.json is None):
+    spoken = bool(args.audio) and args.prompt is None
+    if (args.prompt is None) == (args.json is None) and not (spoken and args.json is None):
         raise RequestError("invalid_request", "give either a prompt or --json FILE")
+    if args.json is not None and args.audio:
+        raise RequestError("invalid_request", "--audio: with --json, put the sounds into the messages")
     if args.json is None:
         text = sys.stdin.read() if args.prompt == "-" else args.prompt
-        messages = [{"role": "user", "content": text}]
+        content = [{"type": "text", "text": text}] if text else []
+        content += [_sound_part(path) for path in args.audio]
+        messages = [{"role": "user", "content": content if args.audio else text}]
         tools: list[dict[str, Any]] = []
     else:
         try:
@@ -125,6 +141,14 @@ def _messages(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict
     if args.system is not None:
         messages = [{"role": "system", "content": args.system}, *messages]
     return messages, tools
+
+
+def _sound_part(path: Path) -> dict[str, Any]:
+    try:
+        data = base64.b64encode(path.read_bytes()).decode()
+    except OSError as cause:
+        raise RequestError("invalid_request", f"--audio {path}: {cause.strerror}") from cause
+    return {"type": "input_audio", "input_audio": {"data": data, "format": path.suffix.lstrip(".")}}
 
 
 def _print_answer(service: Service, request: ChatRequest) -> Done:

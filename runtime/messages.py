@@ -26,7 +26,7 @@ Message = dict[str, Any]
 
 
 def normalise_messages(messages: Sequence[Message]) -> list[Message]:
-    """Checked messages with plain string contents, arguments as mappings and names on tool results.
+    """Checked messages with plain contents, arguments as mappings and names on tool results.
 
     Raises RequestError("invalid_request") naming the message.
     """
@@ -119,24 +119,30 @@ def parse_tool_results(messages: Sequence[Message]) -> list[Message]:
     ]
 
 
-def _content(content: Any, where: str, *, optional: bool) -> str:
+def _content(content: Any, where: str, *, optional: bool) -> str | list[dict[str, str]]:
+    """A string; parts of text and audio if there is audio among them."""
     if isinstance(content, str):
         return content
     if content is None and optional:
         return ""
     if not isinstance(content, list):
-        raise _invalid(f"{where}.content", "a string or a list of text parts", content)
-    texts = []
+        raise _invalid(f"{where}.content", "a string or a list of parts", content)
+    parts: list[dict[str, str]] = []
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text" or not isinstance(part.get("text"), str):
+        if kind == "audio":
+            parts.append({"type": "audio"})
+        elif kind == "text" and isinstance(part.get("text"), str):
+            parts.append({"type": "text", "text": part["text"]})
+        else:
             raise RequestError(
                 "invalid_request",
-                f"{where}.content[{index}]: expected a part of type 'text', got {_short(kind or part)}; "
-                "this daemon takes text only",
+                f"{where}.content[{index}]: expected a part of type 'text' or 'input_audio', "
+                f"got {_short(kind or part)}",
             )
-        texts.append(part["text"])
-    return "\n".join(texts)
+    if all(part["type"] == "text" for part in parts):
+        return "\n".join(part["text"] for part in parts)
+    return parts
 
 
 def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:

@@ -99,6 +99,9 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     mqtt.add_argument(
         "--node", metavar="NAME", help="this daemon's level below it (default: the host's name)"
     )
+    parser.add_argument(
+        "--no-audio", action="store_true", help="leave the bundle's audio encoder out of memory"
+    )
     limits = parser.add_argument_group("limits")
     limits.add_argument(
         "--queue-size", metavar="N", type=int, default=8, help="requests that may wait (default: 8)"
@@ -171,6 +174,7 @@ def run_serve(args: argparse.Namespace) -> int:
     def load() -> Service:
         from .chat import load_template
         from .engine import Engine
+        from .sounds import open_ears
         from .tokenizer import load_tokenizer
 
         return Service(
@@ -180,6 +184,7 @@ def run_serve(args: argparse.Namespace) -> int:
             model_name=bundle.name,
             queue_size=args.queue_size,
             max_answer_tokens=args.max_tokens,
+            ears=None if args.no_audio else open_ears(bundle, threads=args.threads),
         )
 
     with Daemon(settings) as daemon:

@@ -13,14 +13,16 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from .answer import Answer, ReasoningDelta, TextDelta, ToolCallDelta
 from .chat import ChatTemplate
 from .errors import RequestError
+from .prompt import Part
 from .sampler import SamplingParams
+from .sounds import Ears, Sound, take_sounds
 from .stats import GenerationStats
 from .stops import check_stops
 from .tokenizer import Tokenizer
@@ -49,7 +51,7 @@ MAX_TIMEOUT_S = 24 * 3600.0
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """One conversation to answer. messages and tools have OpenAI's shape."""
+    """One conversation to answer. messages and tools have OpenAI's shape; sounds: see `take_sounds`."""
 
     messages: Sequence[dict[str, Any]]
     tools: Sequence[dict[str, Any]] = ()
@@ -103,15 +105,30 @@ class EngineLike(Protocol):
         max_new_tokens: int,
         cancel: CancelSignal | None = None,
     ) -> Iterator[int]: ...
+    def generate_from(
+        self,
+        parts: Iterable[Part],
+        params: SamplingParams,
+        *,
+        max_new_tokens: int | None,
+        cancel: CancelSignal | None = None,
+    ) -> Iterator[int]: ...
 
 
 class Job:
     """A submitted request: its events, and the handle to cancel it. Safe to use from any thread."""
 
-    def __init__(self, request: ChatRequest, prompt_ids: list[int], max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        request: ChatRequest,
+        prompt_ids: list[int],
+        max_new_tokens: int | None,
+        sounds: Sequence[Sound] = (),
+    ) -> None:
         self.request = request
-        self.prompt_ids = prompt_ids
-        self.max_new_tokens = max_new_tokens
+        self.prompt_ids = prompt_ids  # with one placeholder for each sound
+        self.sounds = sounds
+        self.max_new_tokens = max_new_tokens  # None: what fits after a prompt whose length is not known yet
         self.deadline = None if request.timeout_s is None else time.monotonic() + request.timeout_s
         self._cancelled = threading.Event()
         self._changed = threading.Condition()
@@ -206,13 +223,18 @@ class Service:
         model_name: str,
         queue_size: int = 8,
         max_answer_tokens: int | None = None,
+        ears: Ears | None = None,
     ) -> None:
-        """max_answer_tokens: the longest answer to a request that names no limit; default: what fits."""
+        """max_answer_tokens: the longest answer to a request that names no limit; default: what fits.
+
+        ears: without them a request with sounds is refused.
+        """
         self.model_name = model_name
         self._max_answer_tokens = max_answer_tokens
         self._engine = engine
         self._tokenizer = tokenizer
         self._template = template
+        self.ears = ears
         self._queue: deque[Job] = deque()  # at most queue_size jobs that are not over
         self._queue_size = queue_size
         self._lock = threading.Condition()  # of everything below and the queue; the worker waits on it
@@ -298,10 +320,16 @@ class Service:
             raise RequestError(
                 "invalid_request", f"timeout_s: expected 0 to {MAX_TIMEOUT_S}, got {timeout_s}"
             )
+        messages, sounds = take_sounds(request.messages)
+        if sounds and self.ears is None:
+            raise RequestError("invalid_request", "this daemon's model hears nothing; send text")
         prompt = self._template.encode(
-            self._tokenizer, request.messages, request.tools, enable_thinking=request.enable_thinking
+            self._tokenizer, messages, request.tools, enable_thinking=request.enable_thinking
         )
-        room = self._engine.context - len(prompt)
+        if sounds and self.ears is not None and prompt.count(self.ears.tokens.placeholder) != len(sounds):
+            raise RequestError("invalid_request", "the model's chat template has no place for these sounds")
+        length = len(prompt) + sum(self.ears.check(sound) for sound in sounds if self.ears is not None)
+        room = self._engine.context - length
         wanted = request.max_tokens
         if wanted is None:
             wanted = room if self._max_answer_tokens is None else min(room, self._max_answer_tokens)
@@ -310,10 +338,12 @@ class Service:
         if room < 1 or wanted > room:
             raise RequestError(
                 "context_length_exceeded",
-                f"the messages take {len(prompt)} tokens, {max(wanted, 1)} are asked for, the context holds "
+                f"the messages take {length} tokens, {max(wanted, 1)} are asked for, the context holds "
                 f"{self._engine.context}; send less, or ask for fewer",
             )
-        return Job(request, prompt, wanted)
+        # How long a spoken prompt is, is known when it has been heard.
+        open_end = sounds and request.max_tokens is None and self._max_answer_tokens is None
+        return Job(request, prompt, None if open_end else wanted, sounds)
 
     def _work(self) -> None:
         while True:
@@ -338,9 +368,7 @@ class Service:
         if not job.start() or job.is_set():
             return _stopped(job, Usage(len(job.prompt_ids), 0), None)
         answer = Answer(self._tokenizer, job.request.stop)
-        tokens = self._engine.generate(
-            job.prompt_ids, job.request.params, max_new_tokens=job.max_new_tokens, cancel=job
-        )
+        tokens = self._run(job)
         new_tokens = 0
         for token in tokens:
             new_tokens += 1
@@ -352,7 +380,7 @@ class Service:
         if close is not None:
             close()  # a stop string ends the engine's run early
         stats = self._engine.last_stats
-        usage = Usage(len(job.prompt_ids), new_tokens)
+        usage = Usage(stats.prompt_tokens if job.sounds and stats else len(job.prompt_ids), new_tokens)
         ended_early = not answer.stopped and stats is not None and stats.finish == "cancelled"
         for event in answer.finish():
             job.put(event)
@@ -363,6 +391,15 @@ class Service:
         if not answer.stopped and stats is not None and stats.finish == "length":
             return Done("length", usage, stats)
         return Done("stop", usage, stats)
+
+    def _run(self, job: Job) -> Iterator[int]:
+        params, length = job.request.params, job.max_new_tokens
+        if not job.sounds:
+            assert length is not None
+            return self._engine.generate(job.prompt_ids, params, max_new_tokens=length, cancel=job)
+        assert self.ears is not None
+        parts = self.ears.parts(job.prompt_ids, job.sounds, job)
+        return self._engine.generate_from(parts, params, max_new_tokens=length, cancel=job)
 
     def _count(self, last: Done | Failed | None) -> None:
         if isinstance(last, Failed):

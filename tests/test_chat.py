@@ -201,7 +201,7 @@ def test_a_typed_control_token_stays_text():
         ([{"role": "user"}], "messages[0].content"),
         ([{"role": "user", "content": 3}], "messages[0].content"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "image_url"),
-        ([{"role": "user", "content": [{"type": "input_audio"}]}], "text only"),
+        ([{"role": "user", "content": [{"type": "video"}]}], "of type 'text' or 'input_audio'"),
         ([{"role": "tool", "content": "x", "tool_call_id": "?"}], "tool_call_id"),
         (
             [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],

@@ -65,7 +65,14 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {{- '}<tool_call|>' -}}
 {%- endfor -%}
-{{- (message.content or '') | trim + '<turn|>\\n' -}}
+{%- if message.content is string or not message.content -%}
+{{- (message.content or '') | trim -}}
+{%- else -%}
+{%- for part in message.content -%}
+{{- '<|audio|>' if part.type == 'audio' else part.text | trim -}}
+{%- endfor -%}
+{%- endif -%}
+{{- '<turn|>\\n' -}}
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|turn>model\\n' -}}{%- endif -%}
