@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...runtime.bundle import Bundle
-from ...runtime.errors import GemmaEdgeError
+from ...runtime.errors import BundleError, GemmaEdgeError
 from ..quantize import TINY_SCALE, unpack
 from .tensors import SourceWeights
 
@@ -139,28 +139,43 @@ Sums = tuple[float, float, int]  # squared error, squared norm, misplaced
 
 
 def _tasks(stored: _Stored, source: SourceWeights) -> Iterator[Callable[[], Sums]]:
-    assert stored.data.const_value is not None
-    data = stored.data.const_value.numpy()
     shape = source.shape(stored.name)
     assert shape is not None
     if len(shape) != 2:
-        yield lambda: _compare_float(source.read(stored.name), data)
+        yield _bound(_compare_float, source.read(stored.name), _Bytes(stored.data, 1).read(0, 1))
         return
-    data = data.reshape(shape[0], -1)
-    scales = None
-    if stored.scales is not None:
-        assert stored.scales.const_value is not None
-        scales = stored.scales.const_value.numpy().reshape(shape[0], -1)
+    data = _Bytes(stored.data, shape[0])
+    scales = None if stored.scales is None else _Bytes(stored.scales, shape[0])
     first = 0
     for rows in source.rows(stored.name):
-        last = first + len(rows)
+        part = first, len(rows)
         if scales is None:
-            yield _bound(_compare_float, rows, data[first:last])
+            yield _bound(_compare_float, rows, data.read(*part))
         else:
             yield _bound(
-                _compare_blocks, rows, data[first:last], scales[first:last], stored.bits, stored.block
+                _compare_blocks, rows, data.read(*part), scales.read(*part), stored.bits, stored.block
             )
-        first = last
+        first += len(rows)
+
+
+class _Bytes:
+    """A tensor of the bundle, some rows at a time. Read, not mapped: mapped pages and files would pile up."""
+
+    def __init__(self, value: ir.Value, rows: int) -> None:
+        assert value.const_value is not None
+        self._tensor, self._rows = value.const_value, rows
+
+    def read(self, first: int, count: int) -> np.ndarray:
+        """(count, values in a row)"""
+        tensor = self._tensor
+        if not isinstance(tensor, ir.ExternalTensor):
+            return tensor.numpy().reshape(self._rows, -1)[first : first + count]
+        dtype, width = tensor.dtype.numpy(), tensor.size // self._rows
+        offset = (tensor.offset or 0) + first * width * dtype.itemsize
+        found = np.fromfile(tensor.path, dtype, count * width, offset=offset)
+        if found.size != count * width:
+            raise BundleError(f"{tensor.path}: ends inside {tensor.name}; copy the bundle again")
+        return found.reshape(count, width)
 
 
 def _bound(compare: Callable[..., Sums], *arguments: object) -> Callable[[], Sums]:
