@@ -58,6 +58,7 @@ def main() -> int:
     parser.add_argument("--texts", type=int, default=6, help="to be read, half of them to calibrate")
     parser.add_argument("--tokens", type=int, default=160, help="of each text")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # the model is small
     about = machine()
     print_machine(about)
     texts = read_texts(args.texts, args.tokens)

@@ -55,6 +55,7 @@ def main() -> int:
     parser.add_argument("--blocks", type=int, nargs="+", default=(16, 32, 64, 128, 256))
     parser.add_argument("--speed", action="store_true", help="also time MatMulNBits with zero points")
     args = parser.parse_args()
+    torch.set_num_threads(1)
     about = machine()
     print_machine(about)
     rows = [row for folder in args.checkpoints for row in errors_of(folder, args.bits, args.blocks)]
