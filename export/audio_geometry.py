@@ -5,6 +5,7 @@ Knows nothing of weights, devices or graphs. What the exporter cannot reproduce 
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,9 @@ DEFAULTS: dict[str, Any] = dict(
     gradient_clipping=1e10,
     output_proj_dims=1536,
 )
+UNIFIED = "gemma4_unified_audio"  # the 12B's: raw samples go through one projection
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,9 @@ def parse_audio_model(config: dict[str, Any], where: str, *, text_hidden_size: i
     if not isinstance(audio, dict):
         raise ConfigError(f"{where}: audio_config is {audio!r}, expected an object or null")
     where = f"{where}: audio_config"
+    if audio.get("model_type") == UNIFIED:
+        log.warning("%s: model_type %s has no encoder to export: the bundle takes text only", where, UNIFIED)
+        return None
     if (model_type := audio.get("model_type", "gemma4_audio")) != "gemma4_audio":
         raise ConfigError(f"{where}: model_type {model_type!r} is not supported, expected gemma4_audio")
     reader = _Reader(audio, where)

@@ -208,11 +208,13 @@ def _manifest(prepared: Prepared, stored: dict[str, StoredWeight], folder: Path)
 
 
 def _read_ears(job: Job, model: TextModel) -> tuple[AudioModel, Audio] | None:
+    if not job.audio:
+        return None
     folder = job.source.folder
     config = read_config(folder)
     shape = model.geometry
     audio = parse_audio_model(config, str(folder / "config.json"), text_hidden_size=shape.hidden_size)
-    if audio is None or not job.audio:
+    if audio is None:
         return None
     return audio, describe_audio(audio, config, folder, vocab_size=shape.vocab_size)
 

@@ -17,6 +17,10 @@ from .qat import Quantization, parse_quantization
 ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "silu", "relu")
 KV_BYTES: dict[KvDtype, int] = {"float32": 4, "float16": 2, "int8": 1}
 
+# The 12B is "unified": other eyes and ears, the same text model, without per-layer inputs.
+WHOLE_TYPES = ("gemma4", "gemma4_unified")
+TEXT_TYPES = ("gemma4_text", "gemma4_unified_text")
+
 SLIDING: LayerType = "sliding_attention"
 FULL: LayerType = "full_attention"
 
@@ -114,7 +118,9 @@ def parse_text_model(config: dict[str, Any], where: str) -> TextModel:
         sliding_window=reader.integer("sliding_window"),
         layer_types=layer_types,
         num_kv_shared_layers=reader.integer("num_kv_shared_layers", 0, least=0),
-        hidden_size_per_layer_input=reader.integer("hidden_size_per_layer_input", 256, least=0),
+        hidden_size_per_layer_input=reader.integer(
+            "hidden_size_per_layer_input", 0 if _is_unified(text) else 256, least=0
+        ),
         vocab_size_per_layer_input=reader.integer("vocab_size_per_layer_input", reader.integer("vocab_size")),
         final_logit_softcapping=text.get("final_logit_softcapping"),
         max_position_embeddings=reader.integer("max_position_embeddings", 131_072),
@@ -174,16 +180,15 @@ def _text_config(config: Any, where: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ConfigError(f"{where}: expected a JSON object")
     model_type = config.get("model_type")
-    if model_type == "gemma4":
+    if model_type in WHOLE_TYPES:
         text = config.get("text_config")
         if not isinstance(text, dict):
-            raise ConfigError(f"{where}: model_type gemma4 without a text_config")
-    elif model_type == "gemma4_text":
+            raise ConfigError(f"{where}: model_type {model_type} without a text_config")
+    elif model_type in TEXT_TYPES:
         text = config
     else:
-        raise ConfigError(
-            f"{where}: model_type {model_type!r} is not supported, expected gemma4 or gemma4_text"
-        )
+        known = ", ".join((*WHOLE_TYPES, *TEXT_TYPES))
+        raise ConfigError(f"{where}: model_type {model_type!r} is not supported, expected one of {known}")
     return text
 
 
@@ -198,9 +203,15 @@ def _quantization(
     return parse_quantization(found, where, is_multimodal=text is not config, tied_head=tied_head)
 
 
+def _is_unified(text: dict[str, Any]) -> bool:
+    return text.get("model_type") == "gemma4_unified_text"
+
+
 def _refuse_unsupported(text: dict[str, Any], where: str) -> None:
     def refuse(what: str) -> None:
-        raise ConfigError(f"{where}: {what} is not supported; only dense, causal Gemma 4 text models are")
+        raise ConfigError(
+            f"{where}: {what} is not supported; expected a dense, causal text model (E2B, E4B, 12B, 31B)"
+        )
 
     if text.get("enable_moe_block"):
         refuse("enable_moe_block (mixture of experts)")
