@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .bundle import open_bundle
-from .errors import ConfigError, GemmaEdgeError
+from .errors import ConfigError, GemmaEdgeError, RequestError
 from .service import MAX_TIMEOUT_S, Service
+from .transcribe import language_code
 from .transports.mqtt_address import BrokerAddress, Topics, node_from_hostname, parse_broker_url
 from .transports.openai_api import ApiLimits
 from .transports.sockets import UnixListener, bind_tcp, bind_unix, default_socket_path
@@ -57,6 +58,7 @@ class ServeSettings:
     max_tokens: int | None
     timeout_s: float
     drain_timeout_s: float
+    languages: tuple[str, ...] = ("en",)  # of speech; the first is taken for granted
 
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,8 +101,16 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     mqtt.add_argument(
         "--node", metavar="NAME", help="this daemon's level below it (default: the host's name)"
     )
-    parser.add_argument(
+    audio = parser.add_argument_group("speech (bundles with an audio encoder)")
+    audio.add_argument(
         "--no-audio", action="store_true", help="leave the bundle's audio encoder out of memory"
+    )
+    audio.add_argument(
+        "--languages",
+        metavar="CODES",
+        default="en",
+        help="languages that are spoken here, as in en,de; the first is that of requests which name none "
+        "(default: en)",
     )
     limits = parser.add_argument_group("limits")
     limits.add_argument(
@@ -153,7 +163,15 @@ def settings_from(args: argparse.Namespace) -> ServeSettings:
         max_tokens=args.max_tokens,
         timeout_s=args.timeout,
         drain_timeout_s=args.drain_timeout,
+        languages=_languages(args.languages),
     )
+
+
+def _languages(given: str) -> tuple[str, ...]:
+    try:
+        return tuple(dict.fromkeys(language_code(word) for word in given.split(",")))
+    except RequestError as cause:
+        raise ConfigError(f"--languages {given}: {cause}") from cause
 
 
 def _mqtt_settings(args: argparse.Namespace) -> MqttSettings:
@@ -226,7 +244,13 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         service = load()
-        limits = ApiLimits(service.model_name, self._settings.max_tokens, self._settings.timeout_s)
+        limits = ApiLimits(
+            service.model_name,
+            self._settings.max_tokens,
+            self._settings.timeout_s,
+            hears=service.ears is not None,
+            language=self._settings.languages[0],
+        )
         http = self._start_http(service, limits)
         mqtt = self._start_mqtt(service, limits)
         if mqtt and not self._stopping and not mqtt.wait_online(FIRST_MQTT_WAIT_S):

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from .answer import Answer, ReasoningDelta, TextDelta, ToolCallDelta
@@ -58,6 +58,7 @@ class ChatRequest:
     enable_thinking: bool = False
     params: SamplingParams = field(default_factory=SamplingParams)
     max_tokens: int | None = None  # None: what fits in the context
+    stop_after: int | None = None  # tokens; unlike max_tokens, more than what fits is not refused
     stop: Sequence[str] = ()
     timeout_s: float | None = None  # from submit to the last token, waiting included; None: no limit
 
@@ -124,11 +125,13 @@ class Job:
         prompt_ids: list[int],
         max_new_tokens: int | None,
         sounds: Sequence[Sound] = (),
+        stop_after: int | None = None,
     ) -> None:
         self.request = request
         self.prompt_ids = prompt_ids  # with one placeholder for each sound
         self.sounds = sounds
         self.max_new_tokens = max_new_tokens  # None: what fits after a prompt whose length is not known yet
+        self.stop_after = stop_after  # the longest answer in that case
         self.deadline = None if request.timeout_s is None else time.monotonic() + request.timeout_s
         self._cancelled = threading.Event()
         self._changed = threading.Condition()
@@ -331,8 +334,9 @@ class Service:
         length = len(prompt) + sum(self.ears.check(sound) for sound in sounds if self.ears is not None)
         room = self._engine.context - length
         wanted = request.max_tokens
+        caps = [cap for cap in (self._max_answer_tokens, request.stop_after) if cap is not None]
         if wanted is None:
-            wanted = room if self._max_answer_tokens is None else min(room, self._max_answer_tokens)
+            wanted = min(room, *caps) if caps else room
         if wanted < 1 and request.max_tokens is not None:
             raise RequestError("invalid_request", f"max_tokens: expected at least 1, got {wanted}")
         if room < 1 or wanted > room:
@@ -341,9 +345,11 @@ class Service:
                 f"the messages take {length} tokens, {max(wanted, 1)} are asked for, the context holds "
                 f"{self._engine.context}; send less, or ask for fewer",
             )
-        # How long a spoken prompt is, is known when it has been heard.
-        open_end = sounds and request.max_tokens is None and self._max_answer_tokens is None
-        return Job(request, prompt, None if open_end else wanted, sounds)
+        request = replace(request, messages=messages)  # the sounds' base64 is not kept
+        if sounds and request.max_tokens is None:
+            # How long a spoken prompt is, is known when it has been heard.
+            return Job(request, prompt, None, sounds, min(caps, default=None))
+        return Job(request, prompt, wanted, sounds)
 
     def _work(self) -> None:
         while True:
@@ -369,26 +375,27 @@ class Service:
             return _stopped(job, Usage(len(job.prompt_ids), 0), None)
         answer = Answer(self._tokenizer, job.request.stop)
         tokens = self._run(job)
-        new_tokens = 0
+        new_tokens, cut = 0, False
         for token in tokens:
             new_tokens += 1
             for event in answer.push(token):
                 job.put(event)
-            if answer.stopped:
+            cut = new_tokens == job.stop_after
+            if answer.stopped or cut:
                 break
         close: Callable[[], None] | None = getattr(tokens, "close", None)
         if close is not None:
-            close()  # a stop string ends the engine's run early
+            close()  # a stop string or `stop_after` ends the engine's run early
         stats = self._engine.last_stats
         usage = Usage(stats.prompt_tokens if job.sounds and stats else len(job.prompt_ids), new_tokens)
-        ended_early = not answer.stopped and stats is not None and stats.finish == "cancelled"
+        ended_early = not answer.stopped and not cut and stats is not None and stats.finish == "cancelled"
         for event in answer.finish():
             job.put(event)
         if ended_early:
             return _stopped(job, usage, stats)
         if answer.calls:
             return Done("tool_calls", usage, stats)
-        if not answer.stopped and stats is not None and stats.finish == "length":
+        if not answer.stopped and (cut or (stats is not None and stats.finish == "length")):
             return Done("length", usage, stats)
         return Done("stop", usage, stats)
 

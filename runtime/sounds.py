@@ -110,7 +110,8 @@ def take_sounds(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]
     """The messages with `{"type": "audio"}` in place of each sound, and the sounds in order.
 
     A sound is OpenAI's part {"type": "input_audio", "input_audio": {"data": base64, "format": …}}, or, within
-    the process, {"type": "audio", "feed": Feed}. Its true format is read from its bytes. Raises RequestError.
+    the process, {"type": "audio", "feed": Feed} or {"type": "audio", "file": bytes}. Its true format is read
+    from its bytes. Raises RequestError.
     """
     sounds: list[Sound] = []
     taken: list[dict[str, Any]] = []
@@ -128,6 +129,10 @@ def take_sounds(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]
                     part = {"type": "audio"}
                 elif kind == "audio" and isinstance(part.get("feed"), Feed):
                     sounds.append(part["feed"])
+                    part = {"type": "audio"}
+                elif kind == "audio" and isinstance(part.get("file"), bytes):
+                    size += len(part["file"])
+                    sounds.append(part["file"])
                     part = {"type": "audio"}
                 elif kind == "audio":
                     raise RequestError(

@@ -127,6 +127,13 @@ def test_a_held_back_beginning_of_a_stop_string_comes_at_the_end():
         assert text_of(ask(service, stop=("STOP",))) == "this is ST"
 
 
+def test_stop_after_is_a_cap_that_is_never_refused():
+    with service_of(lambda _: TOKENIZER.encode("one two three four five six seven")) as service:
+        done = ask(service, stop_after=2)[-1]
+        assert isinstance(done, Done) and done.finish_reason == "length" and done.usage.completion_tokens == 2
+        assert isinstance(ask(service, stop_after=10**9)[-1], Done)
+
+
 def test_length_and_the_default_of_what_fits():
     with service_of(lambda _: TOKENIZER.encode("a" * 1000), context=100) as service:
         events = ask(service, max_tokens=7)

@@ -79,6 +79,10 @@ class TestTaking:
             take_sounds(user({"type": "input_audio", "input_audio": field}))
         assert error.value.code == "invalid_request"
 
+    def test_files_within_the_process_need_no_base64(self):
+        taken, sounds = take_sounds(user({"type": "audio", "file": b"bytes"}))
+        assert sounds == [b"bytes"] and taken[0]["content"] == [{"type": "audio"}]
+
     def test_clients_cannot_send_the_inner_part(self):
         with pytest.raises(RequestError, match="'input_audio'"):
             take_sounds(user({"type": "audio", "feed": "anything"}))
@@ -220,6 +224,19 @@ class TestHearing:
         with pytest.raises(RequestError) as error:
             service.submit(ChatRequest(user(part(long))))
         assert error.value.code == "context_length_exceeded"
+
+    def test_an_answer_ends_after_some_tokens_however_much_fits(self, service: Service):
+        feed = Feed(RATE)
+        feed.put((speech() * 32767).astype(np.int16))
+        feed.end()
+        spoken = list(
+            service.submit(ChatRequest(user({"type": "audio", "feed": feed}), stop_after=3)).events()
+        )
+        assert isinstance(spoken[-1], Done) and spoken[-1].usage.completion_tokens == 3
+        assert spoken[-1].finish_reason == "length"
+        clip = user(part(wav(speech()[:8000])))
+        last = list(service.submit(ChatRequest(clip, stop_after=10_000)).events())[-1]
+        assert isinstance(last, Done)
 
     def test_cancelling_while_somebody_speaks(self, service: Service):
         feed = Feed(RATE)

@@ -14,7 +14,8 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -27,15 +28,16 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from ..errors import RequestError
-from ..service import Done, Event, Failed, Job, Service
+from ..service import ChatRequest, Done, Event, Failed, Job, Service
+from .http_body import Bodies, read_form
+from .job_events import carry
 from .openai_api import MAX_BODY_BYTES, ApiError, ApiLimits, ChatCall, chat_call, parse_object, unknown_model
+from .openai_audio import TranscriptionCall, TranscriptReply, transcription_call
 from .openai_reply import ChunkStream, Completion, ReplyHead, error_object, error_status, failure
 
 log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 64
-MAX_DISCARDED_BYTES = 8 * MAX_BODY_BYTES
-BODY_TIMEOUT_S = 30.0  # to send a body
 SEND_TIMEOUT_S = 60.0  # for a client to take one chunk
 RETRY_AFTER_S = {"busy": 2, "shutting_down": 10}
 
@@ -97,12 +99,14 @@ class Api:
         self._service = service
         self._limits = limits
         self._allow_remote = allow_remote
+        self._bodies = Bodies(limits)
         self._created = int(time.time())
 
     def application(self) -> Starlette:
         return Starlette(
             routes=[
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
+                Route("/v1/audio/transcriptions", self._transcribe, methods=["POST"]),
                 Route("/v1/models", self._models, methods=["GET"]),
                 Route("/v1/models/{model:path}", self._model, methods=["GET"]),
                 Route("/health", self._health, methods=["GET"]),
@@ -116,10 +120,25 @@ class Api:
 
     async def _chat(self, request: Request) -> Response:
         self._guard(request)
-        call = chat_call(parse_object(await _read_body(request)), self._limits)
-        head = ReplyHead(f"chatcmpl-{secrets.token_hex(12)}", int(time.time()), self._limits.model)
-        job = await asyncio.to_thread(self._service.submit, call.request)  # it renders and tokenizes
-        log.debug("%s: %d messages accepted over HTTP", head.id, len(call.request.messages))
+        async with self._bodies.reading(request) as raw:
+            if len(raw) <= MAX_BODY_BYTES:
+                data = parse_object(raw, self._limits)
+            else:  # in a thread, so that other requests get their turn
+                data = await asyncio.to_thread(parse_object, raw, self._limits)
+        call = chat_call(data, self._limits)
+        return await self._answer(request, call.request, call.stream, self._chat_reply(call))
+
+    async def _transcribe(self, request: Request) -> Response:
+        self._guard(request, form=True)
+        async with self._bodies.reading(request) as raw:
+            fields, sound = await read_form(request.headers, raw)
+        call = await asyncio.to_thread(transcription_call, fields, sound, self._limits, strict=False)
+        return await self._answer(request, call.request, call.stream, _transcript_reply(call))
+
+    async def _answer(self, request: Request, wanted: ChatRequest, stream: bool, reply: Reply) -> Response:
+        """Submit the request and answer with its events, or with the error that comes before the first."""
+        job = await asyncio.to_thread(self._service.submit, wanted)  # it renders and tokenizes
+        log.debug("%s accepted over HTTP", reply.name)
         events = _follow(job, request.receive)
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(events.aclose)
@@ -127,13 +146,25 @@ class Api:
                 first = await anext(events)  # an error before the first event still gets its status
                 if error := failure(first):
                     raise error
-                if call.stream:
+                if stream:
                     stack.pop_all()  # the response closes the events now
-                    return EventStream(call, head, first, events)
-                return _json(await _complete(head, first, events))
+                    return EventStream(reply, first, events)
+                reply.chunks(first)
+                async for event in events:
+                    if error := failure(event):
+                        raise error
+                    reply.chunks(event)
+                return reply.whole()
             except ClientDisconnect:
-                log.info("%s: the client went away, the request is cancelled", head.id)
+                log.info("%s: the client went away, the request is cancelled", reply.name)
         return Response(status_code=499)  # nobody reads it
+
+    def _chat_reply(self, call: ChatCall) -> Reply:
+        head = ReplyHead(f"chatcmpl-{secrets.token_hex(12)}", int(time.time()), self._limits.model)
+        if call.stream:
+            return Reply(head.id, ChunkStream(head, call.include_usage).chunks, Response, b"[DONE]")
+        completion = Completion(head)
+        return Reply(head.id, completion.add, lambda: _json(completion.result()))
 
     async def _models(self, request: Request) -> Response:
         self._guard(request)
@@ -159,14 +190,21 @@ class Api:
             "owned_by": "gemma-edge",
         }
 
-    def _guard(self, request: Request) -> None:
-        """Over TCP, keep web pages out: no foreign Host (DNS rebinding), no body they may send unasked."""
+    def _guard(self, request: Request, *, form: bool = False) -> None:
+        """Over TCP, keep web pages out: no foreign Host (DNS rebinding), no body they may send unasked.
+
+        form: the body is one that any page may send; but browsers say so when a page sends it.
+        """
         if request.client is None:  # a unix socket: its file mode decides
             return
         if not self._allow_remote and not _is_loopback(request.url.hostname or ""):
             raise ApiError(
                 "this address is served to local names only; use http://127.0.0.1", code="forbidden"
             )
+        if form:
+            if "origin" in request.headers or "sec-fetch-site" in request.headers:
+                raise ApiError("web pages may not send forms to this address", code="forbidden")
+            return
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if request.method == "POST" and kind != "application/json":
             raise ApiError(
@@ -174,13 +212,34 @@ class Api:
             )
 
 
-class EventStream(Response):
-    """Server-sent events: one `data:` line a chunk, `data: [DONE]` at the end; an error ends it early."""
+@dataclass(frozen=True)
+class Reply:
+    """How the events of one answer are written."""
 
-    def __init__(self, call: ChatCall, head: ReplyHead, first: Event, rest: AsyncGenerator[Event]) -> None:
+    name: str  # for the log
+    chunks: Callable[[Event], list[dict[str, Any]]]  # the objects of a stream that an event makes
+    whole: Callable[[], Response]  # after the last event, if it is no stream
+    end: bytes | None = None  # what a stream ends with
+
+
+def _transcript_reply(call: TranscriptionCall) -> Reply:
+    reply = TranscriptReply(call)
+
+    def whole() -> Response:
+        if call.format == "text":
+            return Response(f"{reply.transcript.text}\n", media_type="text/plain")
+        return _json(reply.result())
+
+    return Reply(f"transcript-{secrets.token_hex(12)}", reply.chunks, whole)
+
+
+class EventStream(Response):
+    """Server-sent events: one `data:` line a chunk, then the reply's `end`; an error ends it early."""
+
+    def __init__(self, reply: Reply, first: Event, rest: AsyncGenerator[Event]) -> None:
         super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache"})
         del self.headers["content-length"]
-        self._chunks = ChunkStream(head, call.include_usage)
+        self._reply = reply
         self._first = first
         self._rest = rest
 
@@ -194,7 +253,7 @@ class EventStream(Response):
             if error := failure(event):
                 await data(msgspec.json.encode(error_object(error)))
                 return False
-            for chunk in self._chunks.chunks(event):
+            for chunk in self._reply.chunks(event):
                 await data(msgspec.json.encode(chunk))
             return not isinstance(event, Done)
 
@@ -206,41 +265,23 @@ class EventStream(Response):
                 while going:
                     last = await anext(self._rest)
                     going = await event_out(last)
-                if isinstance(last, Done) and not failure(last):
-                    await data(b"[DONE]")
+                if isinstance(last, Done) and not failure(last) and self._reply.end is not None:
+                    await data(self._reply.end)
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
             except (ClientDisconnect, TimeoutError):
-                log.info("%s: the client went away, the request is cancelled", self._chunks.head.id)
-
-
-async def _complete(head: ReplyHead, first: Event, rest: AsyncGenerator[Event]) -> dict[str, Any]:
-    """The whole answer as one object. Raises RequestError."""
-    completion = Completion(head)
-    completion.add(first)
-    if not isinstance(first, Done):
-        async for event in rest:
-            if error := failure(event):
-                raise error
-            completion.add(event)
-    return completion.result()
+                log.info("%s: the client went away, the request is cancelled", self._reply.name)
 
 
 async def _follow(job: Job, receive: Receive) -> AsyncGenerator[Event]:
     """The job's events; at its end the job is cancelled. Raises ClientDisconnect if the client goes away."""
-    loop = asyncio.get_running_loop()
     arrived: asyncio.Queue[Event | None] = asyncio.Queue()  # at most a job's tokens; None: the client is gone
-
-    def carry() -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            for event in job.events():
-                loop.call_soon_threadsafe(arrived.put_nowait, event)
+    carry(job, arrived)
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
         arrived.put_nowait(None)
 
-    threading.Thread(target=carry, name="http-events", daemon=True).start()
     watcher = asyncio.create_task(watch())
     try:
         while True:
@@ -253,33 +294,6 @@ async def _follow(job: Job, receive: Receive) -> AsyncGenerator[Event]:
     finally:
         watcher.cancel()
         job.cancel()
-
-
-async def _read_body(request: Request) -> bytes:
-    """The body, at most MAX_BODY_BYTES of it. Raises ApiError.
-
-    A somewhat larger one is read to its end and forgotten: many clients look for an answer only then.
-    """
-    too_large = ApiError(f"the body is larger than {MAX_BODY_BYTES} bytes", code="payload_too_large")
-    declared = request.headers.get("content-length", "0")
-    if len(declared) > 12 or (declared.isdigit() and int(declared) > MAX_DISCARDED_BYTES):
-        raise too_large
-    body = bytearray()
-    size = 0
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            async for part in request.stream():
-                size += len(part)
-                if size <= MAX_BODY_BYTES:
-                    body += part
-                elif size > MAX_DISCARDED_BYTES:
-                    raise too_large
-    except TimeoutError as cause:
-        message = f"the body did not arrive in {BODY_TIMEOUT_S:.0f} s"
-        raise ApiError(message, code="request_timeout") from cause
-    if size > MAX_BODY_BYTES:
-        raise too_large
-    return bytes(body)
 
 
 def _is_loopback(host: str) -> bool:

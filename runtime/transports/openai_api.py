@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -19,12 +19,14 @@ from ..errors import RequestError
 from ..sampler import SamplingParams
 from ..service import ChatRequest
 
-MAX_BODY_BYTES = 1024 * 1024
+MAX_BODY_BYTES = 1024 * 1024  # of a body without its sounds
+MAX_SOUND_BODY_BYTES = 16 * 1024 * 1024  # of a body with sounds: 30 s of 48 kHz, stereo, float32, in base64
 MAX_TRANSACTION_CHARS = 256
 
 # Parameters that cannot be honoured -> (the values that ask for nothing, what to do instead).
 # null always asks for nothing.
-REFUSED: Mapping[str, tuple[Sequence[Any], str]] = {
+Refusals = Mapping[str, tuple[Sequence[Any], str]]
+REFUSED: Refusals = {
     "audio": ((), "this daemon answers in text"),
     "frequency_penalty": ((0, 0.0), "use `repetition_penalty`"),
     "function_call": (("none",), "use `tools` and `tool_choice`"),
@@ -48,6 +50,8 @@ IGNORED = frozenset(
     "service_tier store user".split()
 )
 
+# What may be long in a body: the base64 of an `input_audio` part.
+_SOUND_DATA = re.compile(rb'"data"\s*:\s*"[A-Za-z0-9+/=:;,._\\-]{1024,}"')
 _MSGSPEC_PATH = re.compile(r" - at `\$\.?(.*?)`$")
 
 
@@ -101,6 +105,17 @@ class ApiLimits:
     model: str  # the name it serves
     max_tokens: int | None = None  # most new tokens that a request may ask for; None: what the context holds
     timeout_s: float = 600.0  # longest time from arrival to the end of the answer
+    hears: bool = False  # whether it takes sounds
+    language: str = "en"  # of speech whose language is not told
+
+    @property
+    def max_body_bytes(self) -> int:
+        return MAX_SOUND_BODY_BYTES if self.hears else MAX_BODY_BYTES
+
+    def too_large(self, what: str) -> ApiError:
+        """The error for a body of more than `max_body_bytes`."""
+        deaf = "" if self.hears else "; this model hears nothing, so only text is taken"
+        return ApiError(f"{what}, at most {self.max_body_bytes} are read{deaf}", code="payload_too_large")
 
 
 @dataclass(frozen=True)
@@ -112,10 +127,18 @@ class ChatCall:
     include_usage: bool = False
 
 
-def parse_object(raw: bytes) -> dict[str, Any]:
+TEXT_ONLY = ApiLimits(model="")
+
+
+def parse_object(raw: bytes, limits: ApiLimits = TEXT_ONLY) -> dict[str, Any]:
     """JSON bytes to a dict. Raises ApiError on anything else, of any bytes."""
-    if len(raw) > MAX_BODY_BYTES:
-        raise ApiError(f"{len(raw)} bytes, at most {MAX_BODY_BYTES} are read", code="payload_too_large")
+    if len(raw) > limits.max_body_bytes:
+        raise limits.too_large(f"{len(raw)} bytes")
+    if len(raw) > MAX_BODY_BYTES:  # then by its sounds, not by a million small objects
+        text_bytes = len(raw) - sum(len(match[0]) for match in _SOUND_DATA.finditer(raw))
+        if text_bytes > MAX_BODY_BYTES:
+            message = f"{text_bytes} bytes besides the sounds' base64, at most {MAX_BODY_BYTES} are read"
+            raise ApiError(message, code="payload_too_large")
     try:
         data = msgspec.json.decode(raw)
     except (ValueError, RecursionError) as cause:  # msgspec's errors and UnicodeDecodeError are ValueErrors
@@ -153,9 +176,8 @@ def take_transaction(data: dict[str, Any]) -> str | int | None:
 
 def chat_call(data: dict[str, Any], limits: ApiLimits) -> ChatCall:
     """A decoded body to a request. Raises ApiError naming the parameter."""
-    body = _body(data)
-    if body.model is not None and body.model != limits.model:
-        raise unknown_model(body.model, limits)
+    body = read_fields(data, Body, REFUSED, IGNORED)
+    check_model(body.model, limits)
     if body.stream_options is not None and not body.stream:
         raise ApiError("`stream_options` needs `stream`: true", "stream_options")
     request = ChatRequest(
@@ -171,29 +193,48 @@ def chat_call(data: dict[str, Any], limits: ApiLimits) -> ChatCall:
     return ChatCall(request, stream=bool(body.stream), include_usage=usage)
 
 
+def check_model(name: str | None, limits: ApiLimits) -> None:
+    """A request need not name the model, but not another. Raises ApiError."""
+    if name is not None and name != limits.model:
+        raise unknown_model(name, limits)
+
+
 def unknown_model(name: str, limits: ApiLimits) -> ApiError:
     """The error for a model that is not the one served."""
     message = f"no model {name[:100]!r} here; this daemon serves {limits.model!r}"
     return ApiError(message, "model", "model_not_found")
 
 
-def _body(data: dict[str, Any]) -> Body:
-    """Sort the parameters into read, refused, ignored and unknown; check the types of those that are read."""
-    known = {field.name for field in msgspec.structs.fields(Body)}
+Fields = TypeVar("Fields", bound=msgspec.Struct)
+
+
+def read_fields(
+    data: Mapping[str, Any],
+    kind: type[Fields],
+    refused: Refusals,
+    ignored: Collection[str],
+    *,
+    strict: bool = True,
+) -> Fields:
+    """Sort parameters into read, refused, ignored and unknown; check the types of those that are read.
+
+    strict: False takes numbers and truth values as text too, as forms have them. Raises ApiError.
+    """
+    known = {field.name for field in msgspec.structs.fields(kind)}
     read: dict[str, Any] = {}
     for key, value in data.items():
         if key in known:
             read[key] = value
-        elif key in REFUSED:
-            neutral, advice = REFUSED[key]
+        elif key in refused:
+            neutral, advice = refused[key]
             if value is not None and not any(_same(value, item) for item in neutral):
                 raise ApiError(f"`{key}` is not supported with this value; {advice}", key)
-        elif key not in IGNORED:
-            near = difflib.get_close_matches(key[:64], [*known, *REFUSED, *IGNORED], n=1, cutoff=0.6)
+        elif key not in ignored:
+            near = difflib.get_close_matches(key[:64], [*known, *refused, *ignored], n=1, cutoff=0.6)
             hint = f"; did you mean `{near[0]}`?" if near else ""
             raise ApiError(f"unknown parameter `{key[:64]}`{hint}", key[:64])
     try:
-        return msgspec.convert(read, Body)
+        return msgspec.convert(read, kind, strict=strict)
     except (msgspec.ValidationError, RecursionError) as cause:
         text = str(cause)
         at = _MSGSPEC_PATH.search(text)

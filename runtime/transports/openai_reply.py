@@ -30,7 +30,10 @@ _ERRORS = {
 }
 
 # What the service finds wrong begins with the parameter's name: "messages[0].content: expected …"
-_PARAMS = "messages tools stop max_tokens timeout_s temperature top_k top_p min_p repetition_penalty seed"
+_PARAMS = (
+    "messages tools stop max_tokens timeout_s temperature top_k top_p min_p repetition_penalty seed "
+    "language prompt"
+)
 _PARAM = re.compile(rf"((?:{'|'.join(_PARAMS.split())})\b[\w.\[\]]*): ")
 
 
@@ -88,7 +91,8 @@ class Completion:
     calls: dict[int, dict[str, Any]] = field(default_factory=dict)
     done: Done | None = None
 
-    def add(self, event: Event) -> None:
+    def add(self, event: Event) -> list[dict[str, Any]]:
+        """Takes an event; makes no chunk of it."""
         if isinstance(event, TextDelta):
             self.text.append(event.text)
         elif isinstance(event, ReasoningDelta):
@@ -97,6 +101,7 @@ class Completion:
             self.calls[event.index] = _call(event)
         elif isinstance(event, Done):
             self.done = event
+        return []
 
     def result(self) -> dict[str, Any]:
         assert self.done is not None, "result() before Done"
