@@ -138,6 +138,7 @@ class Job:
         self._events: list[Event] = []  # bounded: deltas nobody read yet are merged, and an answer ends
         self._started = False
         self.last: Done | Failed | None = None  # the last event, once it was put
+        self.first_token_at: float | None = None  # time.perf_counter() when it was there
 
     def events(self) -> Iterator[Event]:
         """Every event, the last being Done or Failed; blocks. Leaving early cancels the request."""
@@ -378,6 +379,8 @@ class Service:
         new_tokens, cut = 0, False
         for token in tokens:
             new_tokens += 1
+            if new_tokens == 1:
+                job.first_token_at = time.perf_counter()
             for event in answer.push(token):
                 job.put(event)
             cut = new_tokens == job.stop_after

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import numpy.typing as npt
 
 from .audio.files import check_duration, open_audio
@@ -38,7 +39,8 @@ class Stop(Protocol):
 class Feed:
     """Sound that is still being made. One thread puts, another reads; `put` never blocks.
 
-    It is bounded by its length in all: at most `max_s` seconds are taken.
+    It is bounded by its length in all: at most `max_s` seconds are taken. Once it was heard whole, later
+    requests may name it again, as the turns of a dialogue do: it is not encoded again.
     """
 
     def __init__(self, rate: int, channels: int = 1, *, max_s: float = 60.0) -> None:
@@ -49,6 +51,7 @@ class Feed:
         self._error: RequestError | None = None
         self._samples = 0
         self.ended_at: float | None = None  # time.perf_counter() when the last sample was there
+        self.soft: npt.NDArray[np.float32] | None = None  # (tokens, hidden), once it was heard whole
 
     def put(self, samples: npt.NDArray[Any]) -> None:
         """(samples,) or (samples, channels). Raises AudioError when the sound has ended or is too long."""
@@ -187,7 +190,7 @@ class Ears:
         """How many prompt tokens a sound takes at most. Raises AudioError: no sound, or too long a one."""
         marks = 2
         if isinstance(sound, Feed):
-            return marks + 1  # what it takes is known when it ends
+            return marks + (1 if sound.soft is None else len(sound.soft))  # known when it was heard
         with open_audio(sound) as file:
             check_duration(file.name, file.duration_s, self.encoder.max_s)
             return marks + int(file.duration_s * self.encoder.audio.tokens_per_s) + 1
@@ -213,17 +216,23 @@ class Ears:
         yield Soft(soft)
 
     def _feed(self, feed: Feed, stop: Stop) -> Iterator[Part]:
+        if feed.soft is not None:
+            yield Soft(feed.soft)
+            return
         yield NOW
         stream = self.encoder.stream(feed.rate, feed.channels)
+        heard = []
         for block in feed.blocks(stop):
             if block is None:
                 yield NOW
             elif len(soft := stream.push(block)):
+                heard.append(soft)
                 yield Soft(soft)
         if stop.is_set():
             return
         last = stream.finish()
         if not stream.tokens:
             raise AudioError("too short a sound to hear anything; expected at least 20 ms")
+        feed.soft = np.concatenate([*heard, last])
         if len(last):
             yield Soft(last)

@@ -196,6 +196,24 @@ class TestHearing:
         assert done.usage.prompt_tokens > len(clip) / RATE * 25
         assert done.stats is not None and done.stats.complete_s > 0.05
 
+    def test_a_feed_that_was_heard_is_not_encoded_again(
+        self, service: Service, monkeypatch: pytest.MonkeyPatch
+    ):
+        feed = Feed(RATE, max_s=5)
+        feed.put((speech()[:24000] * 32767).astype(np.int16))
+        feed.end()
+        assert service.ears is not None and service.ears.check(feed) == 3  # its length is not known yet
+        started = time.perf_counter()
+        job = service.submit(ChatRequest(user({"type": "audio", "feed": feed}), max_tokens=12))
+        first = list(job.events())
+        assert job.first_token_at is not None and started < job.first_token_at < time.perf_counter()
+        assert feed.soft is not None and service.ears.check(feed) == 2 + len(feed.soft)
+        monkeypatch.setattr(service.ears.encoder, "stream", None)
+        again = ask(service, user({"type": "audio", "feed": feed}))
+        assert words(again) == words(first)
+        assert isinstance(first[-1], Done) and isinstance(again[-1], Done)
+        assert again[-1].usage == first[-1].usage
+
     def test_flac_at_another_rate(self, service: Service):
         done = ask(service, user(part(SPEECH.read_bytes())))[-1]
         assert isinstance(done, Done) and done.usage.prompt_tokens > 6 * 25
