@@ -73,8 +73,10 @@ def row_of(model: TextModel, recipe: str, profile: DeviceProfile, context: int |
 
 def table(rows: Iterator[Row]) -> Iterator[str]:
     """Lines of Markdown."""
-    columns = ("device", "recipe", "cache", "context", "bundle GB", "memory MiB", "of budget", "caches MiB")
-    columns += ("mapped MiB", "read MiB")
+    columns = [
+        *("device", "recipe", "cache", "context", "bundle GB", "memory MiB", "of budget", "caches MiB"),
+        *("mapped MiB", "read MiB"),
+    ]
     yield f"| {' | '.join(columns)} |"
     yield "|---" * len(columns) + "|"
     for row in rows:
