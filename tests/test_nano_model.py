@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, Gemma4ForConditionalGeneration
 
 from gemma_edge.examples.nano_model import evaluate as evaluation
 from gemma_edge.examples.nano_model import train as training
+from gemma_edge.examples.nano_model.batches import Batches
 from gemma_edge.examples.nano_model.commands import random_commands
 from gemma_edge.examples.nano_model.corpus import Encoder, random_dialogue
 from gemma_edge.examples.nano_model.evaluate import HELD_OUT_SEED
@@ -100,14 +101,14 @@ def test_transformers_renders_the_template_alike(encoder: Encoder) -> None:
 def test_the_training_walk_equals_transformers() -> None:
     """Packed rows and blocks of windowed attention: hidden states within 1e-4 (float32, sums reordered)."""
     model = new_model(3).eval()
-    batch = next(iter(training.Batches(NANO, seed=1, rows=1, row=768)))
-    masks = training.masks_of(batch["document"], model.config.sliding_window)
+    batch = next(iter(Batches(NANO, seed=1, rows=1, row=768)))
+    masks = training.masks_of(batch["document"], model.config.text_config.sliding_window)
     assert masks["sliding_attention"].shape == (6, 1, 128, 256)
     with torch.no_grad():
         packed = training.forward(model, batch["ids"], batch["position"], masks, training.layer_step)
         for number in range(int(batch["document"].max()) + 1):
             rows = (batch["document"][0] == number).nonzero()[:, 0]
-            alone = model.model(input_ids=batch["ids"][:, rows]).last_hidden_state
+            alone = model.model.language_model(input_ids=batch["ids"][:, rows]).last_hidden_state
             torch.testing.assert_close(packed[:, rows], alone, atol=1e-4, rtol=0)
 
 
@@ -116,7 +117,7 @@ def test_rounding_is_undone() -> None:
     before = [parameter.clone() for parameter in model.parameters()]
     rounded = training.RoundedWeights(model)
     with rounded:
-        weight = model.model.layers[0].mlp.up_proj.weight
+        weight = model.model.language_model.layers[0].mlp.up_proj.weight
         levels = weight.view(weight.shape[0], -1, 128)[0, 0].unique()
         assert 2 < len(levels) <= 16
         assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
@@ -159,9 +160,8 @@ class TestCheckpoint:
 
     def test_usual_prompts_are_longer_than_the_window(self, encoder: Encoder) -> None:
         window = json.loads((NANO / "config.json").read_text())["text_config"]["sliding_window"]
-        prompts = [case.prompt for case in evaluation.cases(encoder, 50) if case.task == "summary"]
-        lengths = [len(encoder.tokenizer.encode(prompt, add_special_tokens=False).ids) for prompt in prompts]
-        assert min(lengths) > window
+        cases = evaluation.cases(encoder, 50)
+        assert min(len(case.prompt.ids) for case in cases if case.task == "summary") > window
         assert HELD_OUT_SEED > 10_000_000  # far from the seeds of training
 
 

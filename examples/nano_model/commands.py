@@ -1,16 +1,21 @@
 """Random smart-home dialogues: tools declared, commands given, tools called in Gemma 4's syntax, answers.
 
-Tool and parameter names vary, so that the declaration has to be read. `held_out=True` draws rooms, devices
-and values that training never uses.
+Tool and parameter names vary, so that the declaration has to be read. Words come from one of three sources:
+"training"; "held_out", rooms, devices and values that training never uses; or "spoken", words that a voice
+can say and an ear can spell.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from .words import invented_text, invented_word, place
+from .words import PLACES, invented_text, invented_word, known_text, place
+
+Source = Literal["training", "held_out", "spoken"]
+Draw = Callable[[random.Random, Source], Any]
 
 _ROOMS = (
     """
@@ -50,7 +55,10 @@ _HELD_OUT_MESSAGES = "the cake is in the oven|grandma has arrived|the bus comes 
 _SENSOR_ENDS = ("temperature", "humidity", "co2", "power", "level")
 
 
-def _room(rng: random.Random, held_out: bool) -> str:
+def _room(rng: random.Random, source: Source) -> str:
+    if source == "spoken":
+        return rng.choice(_ROOMS)
+    held_out = source == "held_out"
     kind = rng.random()
     if kind < 0.25:
         return place(rng, held_out)
@@ -60,28 +68,34 @@ def _room(rng: random.Random, held_out: bool) -> str:
     return rng.choice(_HELD_OUT_ROOMS if held_out else _ROOMS)
 
 
-def _device(rng: random.Random, held_out: bool) -> str:
+def _device(rng: random.Random, source: Source) -> str:
+    if source == "spoken":
+        return rng.choice(_DEVICES)
+    held_out = source == "held_out"
     if rng.random() < 0.4:
         return f"{invented_word(rng, held_out).lower()} {rng.choice(['pump', 'lamp', 'fan', 'plug'])}"
     return rng.choice(_HELD_OUT_DEVICES if held_out else _DEVICES)
 
 
-def _integer(low: int, high: int):  # type: ignore[no-untyped-def]
+def _integer(low: int, high: int) -> Draw:
     """Whole numbers; the fifth that leaves remainder 3 is held out."""
 
-    def draw(rng: random.Random, held_out: bool) -> int:
+    def draw(rng: random.Random, source: Source) -> int:
         while True:
             value = rng.randint(low, high)
-            if (value % 5 == 3) == held_out:
+            if source == "spoken" or (value % 5 == 3) == (source == "held_out"):
                 return value
 
     return draw
 
 
-def _one_of(train: list[str], held_out_list: list[str], words: tuple[int, int]):  # type: ignore[no-untyped-def]
+def _one_of(train: list[str], held_out_list: list[str], words: tuple[int, int]) -> Draw:
     """A text of the list, or as often one of so many words that nobody has written."""
 
-    def draw(rng: random.Random, held_out: bool) -> str:
+    def draw(rng: random.Random, source: Source) -> str:
+        if source == "spoken":
+            return rng.choice(train) if rng.random() < 0.8 else known_text(rng, rng.randint(*words))
+        held_out = source == "held_out"
         if rng.random() < 0.5:
             return invented_text(rng, rng.randint(*words), held_out)
         return rng.choice(held_out_list if held_out else train)
@@ -89,11 +103,12 @@ def _one_of(train: list[str], held_out_list: list[str], words: tuple[int, int]):
     return draw
 
 
-def _message(rng: random.Random, held_out: bool) -> str:
+def _message(rng: random.Random, source: Source) -> str:
     """What to say; some of it holds the words that also lead to the room: "the cake is in the oven"."""
-    text = _one_of(_MESSAGES, _HELD_OUT_MESSAGES, (1, 7))(rng, held_out)
-    if rng.random() < 0.25:
-        where = place(rng, held_out) if rng.random() < 0.5 else _room(rng, held_out)
+    text: str = _one_of(_MESSAGES, _HELD_OUT_MESSAGES, (1, 7))(rng, source)
+    if source != "spoken" and rng.random() < 0.25:
+        held_out = source == "held_out"
+        where = place(rng, held_out) if rng.random() < 0.5 else _room(rng, source)
         short = invented_text(rng, rng.randint(1, 4), held_out)
         link = rng.choice(("in the", "is in the", "at the", "for the", "is on the", "that the", "in"))
         text = f"{short} {link} {where}"
@@ -102,8 +117,22 @@ def _message(rng: random.Random, held_out: bool) -> str:
     return text
 
 
-def _clock(rng: random.Random, held_out: bool) -> str:
-    minute = rng.choice([3, 8, 13, 23, 38, 53] if held_out else [0, 5, 10, 15, 20, 30, 40, 45, 50])
+def _zone(rng: random.Random, source: Source) -> str:
+    if source == "spoken":
+        return rng.choice(PLACES) + rng.choice(["", f" {rng.randint(1, 40)}"])
+    return place(rng, source == "held_out")
+
+
+def _sensor(rng: random.Random, source: Source) -> str:
+    if source == "spoken":
+        return f"{_zone(rng, source)} {rng.choice(_SENSOR_ENDS)}"
+    return f"{place(rng, source == 'held_out')}/{rng.choice(_SENSOR_ENDS)}"
+
+
+def _clock(rng: random.Random, source: Source) -> str:
+    minute = rng.choice(
+        [3, 8, 13, 23, 38, 53] if source == "held_out" else [0, 5, 10, 15, 20, 30, 40, 45, 50]
+    )
     return f"{rng.randint(0, 23):02d}:{minute:02d}"
 
 
@@ -113,7 +142,7 @@ class Slot:
 
     names: tuple[str, ...]
     type: str
-    draw: Any  # (rng, held_out) -> value
+    draw: Draw | None  # None: the words of the phrase fix the value
     description: str
     enum: tuple[str, ...] = ()
 
@@ -301,7 +330,7 @@ ACTIONS = (
         ("water_zone", "start_irrigation", "irrigate"),
         ("Water a zone of the garden.", "Run the irrigation."),
         {
-            "zone": Slot(("zone", "area"), "string", place, "Name of the zone"),
+            "zone": Slot(("zone", "area"), "string", _zone, "Name of the zone"),
             "minutes": Slot(("minutes", "duration"), "integer", _integer(1, 60), "How long, in minutes"),
         },
         (
@@ -333,7 +362,7 @@ ACTIONS = (
             "sensor": Slot(
                 ("sensor", "name", "id"),
                 "string",
-                lambda rng, held_out: f"{place(rng, held_out)}/{rng.choice(_SENSOR_ENDS)}",
+                _sensor,
                 "Name of the sensor",
             )
         },
@@ -382,9 +411,17 @@ class _Tool:
 
 
 def random_commands(
-    rng: random.Random, *, held_out: bool = False
+    rng: random.Random,
+    *,
+    held_out: bool = False,
+    source: Source | None = None,
+    accept: Callable[[str], bool] = lambda text: True,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(messages, tools) of a dialogue of one to four commands, each with its tool call, result and answer."""
+    """(messages, tools) of a dialogue of one to four commands, each with its tool call, result and answer.
+
+    Commands that `accept` refuses are drawn again. `held_out` is short for that source.
+    """
+    source = source or ("held_out" if held_out else "training")
     chosen = rng.sample(ACTIONS, rng.randint(1, 4))
     tools = [
         _Tool(a, rng.choice(a.names), {key: rng.choice(slot.names) for key, slot in a.slots.items()})
@@ -396,20 +433,33 @@ def random_commands(
     for _ in range(rng.randint(1, 4)):
         if rng.random() < 0.1:
             other = rng.choice([a for a in ACTIONS if a not in chosen])
-            text, _values = _command(rng, other, held_out)
+            text, _values = _command(rng, other, source, accept)
             messages += [{"role": "user", "content": text}, {"role": "assistant", "content": NO_TOOL}]
             continue
-        messages += _exchange(rng, rng.choice(tools), held_out)
+        messages += _exchange(rng, rng.choice(tools), source, accept)
     return messages, [tool.declaration(rng.choice(tool.action.descriptions)) for tool in tools]
 
 
-def _command(rng: random.Random, action: Action, held_out: bool) -> tuple[str, dict[str, Any]]:
-    phrase = rng.choice(action.phrases)
-    values = {
-        key: phrase.fixed[key] if key in phrase.fixed else slot.draw(rng, held_out)
-        for key, slot in action.slots.items()
-    }
-    text = phrase.text.format(**values)
+def random_sentence(rng: random.Random, action: Action) -> str:
+    """A command that can be spoken."""
+    return _command(rng, action, "spoken", lambda text: True)[0]
+
+
+def _command(
+    rng: random.Random, action: Action, source: Source, accept: Callable[[str], bool]
+) -> tuple[str, dict[str, Any]]:
+    while True:
+        phrase = rng.choice(action.phrases)
+        values = dict(phrase.fixed)
+        for key, slot in action.slots.items():
+            if key not in values:
+                assert slot.draw is not None, key
+                values[key] = slot.draw(rng, source)
+        text = phrase.text.format(**values)
+        if accept(text):
+            break
+    if source == "spoken":
+        return text, {key: values[key] for key in action.slots}
     style = rng.random()
     if style < 0.15:
         text = (
@@ -417,11 +467,13 @@ def _command(rng: random.Random, action: Action, held_out: bool) -> tuple[str, d
         )
     elif style < 0.3:
         text = rng.choice(["Please: ", "Hey, ", "OK, "]) + text
-    return text, values
+    return text, {key: values[key] for key in action.slots}
 
 
-def _exchange(rng: random.Random, tool: _Tool, held_out: bool) -> list[dict[str, Any]]:
-    text, values = _command(rng, tool.action, held_out)
+def _exchange(
+    rng: random.Random, tool: _Tool, source: Source, accept: Callable[[str], bool]
+) -> list[dict[str, Any]]:
+    text, values = _command(rng, tool.action, source, accept)
     call = {
         "function": {"name": tool.name, "arguments": {tool.keys[key]: value for key, value in values.items()}}
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,7 @@ class Encoder:
         ids = self.tokenizer.token_to_id
         self.turn, self.end = ids("<|turn>"), ids("<turn|>")
         self.response, self.response_end = ids("<|tool_response>"), ids("<tool_response|>")
+        self.audio, self.audio_begin, self.audio_end = ids("<|audio|>"), ids("<|audio>"), ids("<audio|>")
         self.stops = [ids("<eos>"), self.end, self.response]
         self.head = self.tokenizer.encode("<|turn>model\n", add_special_tokens=False).ids
 
@@ -152,10 +154,26 @@ class Encoder:
             messages=messages, tools=tools or None, bos_token="<bos>", add_generation_prompt=prompt
         )
 
-    def encode(self, messages: Messages, tools: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, learned): uint16 token ids, and True where the model itself writes the token."""
-        text = self.render(messages, tools)
+    def ids(self, text: str, soft_tokens: Sequence[int] = ()) -> list[int]:
+        """Token ids; each audio placeholder becomes so many of them, between the marks of begin and end."""
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        counts = iter(soft_tokens)
+        found: list[int] = []
+        for token in ids:
+            if token == self.audio:
+                found += [self.audio_begin, *[self.audio] * next(counts), self.audio_end]
+            else:
+                found.append(token)
+        return found
+
+    def encode(
+        self, messages: Messages, tools: list[dict[str, Any]], soft_tokens: Sequence[int] = ()
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, learned): uint16 token ids, and True where the model itself writes the token.
+
+        `soft_tokens`: how many each clip of the dialogue has.
+        """
+        ids = self.ids(self.render(messages, tools), soft_tokens)
         learned = np.zeros(len(ids), dtype=bool)
         writing, position = False, 0
         while position < len(ids):

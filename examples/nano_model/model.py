@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Gemma4Config, Gemma4ForCausalLM, Gemma4TextConfig
+from transformers import (
+    Gemma4AudioConfig,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
+    Gemma4TextConfig,
+)
+from transformers.models.gemma4.feature_extraction_gemma4 import Gemma4AudioFeatureExtractor
 
 from .tokenizer import SPECIAL, VOCAB_SIZE
 
@@ -47,12 +54,23 @@ def text_config() -> Gemma4TextConfig:
     )
 
 
+def audio_config() -> Gemma4AudioConfig:
+    """The audio tower's configuration: E2B's but for depth and width."""
+    return Gemma4AudioConfig(
+        hidden_size=192,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        subsampling_conv_channels=[128, 32],
+        output_proj_dims=256,
+    )
+
+
 def full_config() -> Gemma4Config:
-    """The configuration that is saved: the text model inside Gemma 4's multimodal layout, no towers yet."""
+    """The whole configuration: text and ears, no eyes."""
     return Gemma4Config(
         text_config=text_config(),
         vision_config=None,
-        audio_config=None,
+        audio_config=audio_config(),
         boi_token_id=token_id("<|image>"),
         eoi_token_id=token_id("<image|>"),
         image_token_id=token_id("<|image|>"),
@@ -76,18 +94,39 @@ def generation_config() -> dict[str, Any]:
     }
 
 
+def processor_config() -> dict[str, Any]:
+    """How sound becomes frames, as the Hub's checkpoints say it."""
+    extractor = json.loads(Gemma4AudioFeatureExtractor().to_json_string())
+    for computed in ("mel_filters", "window"):
+        extractor.pop(computed, None)
+    return {
+        "audio_ms_per_token": 40,
+        "audio_seq_length": 750,
+        "feature_extractor": extractor,
+        "processor_class": "Gemma4Processor",
+    }
+
+
 @torch.no_grad()
-def new_model(seed: int) -> Gemma4ForCausalLM:
+def new_model(seed: int) -> Gemma4ForConditionalGeneration:
     """A fresh model in float32.
 
     Gemma 4 attends with scale 1.0, so the norms of queries and keys carry the usual 1/sqrt(head_dim) at the
     start. Layer scalars are buffers, fixed away from 1 as in the real checkpoints.
     """
     torch.manual_seed(seed)
-    config = text_config()
-    model = Gemma4ForCausalLM(config)
+    model = Gemma4ForConditionalGeneration(full_config())
+    _init_text(model.model.language_model)
+    _init_audio(model.model.audio_tower)
+    projection = model.model.embed_audio.embedding_projection.weight
+    projection.normal_(std=projection.shape[1] ** -0.5)  # soft tokens as large as embeddings
+    return model
+
+
+def _init_text(text: torch.nn.Module) -> None:
+    config = text.config
     depth = config.num_hidden_layers
-    for name, parameter in model.named_parameters():
+    for name, parameter in text.named_parameters():
         if name.endswith(("q_norm.weight", "k_norm.weight")):
             parameter.fill_(parameter.shape[0] ** -0.25)
         elif parameter.ndim == 2 and "embed" not in name:
@@ -101,39 +140,49 @@ def new_model(seed: int) -> Gemma4ForCausalLM:
             parameter.fill_(1.0 / math.sqrt(2 * depth) * 2)
         elif name.endswith("post_per_layer_input_norm.weight"):
             parameter.fill_(0.3)
-    for index, layer in enumerate(model.model.layers):
+    for index, layer in enumerate(text.layers):
         layer.layer_scalar.fill_(0.85 + 0.25 * ((index * 7) % depth) / depth)
-    return model
+
+
+# The clipped linears' bounds, as the real checkpoints have them: wide of what training ever reaches.
+CLIP = 60.0
+
+
+def _init_audio(tower: torch.nn.Module) -> None:
+    for name, parameter in tower.named_parameters():
+        if parameter.ndim >= 2:
+            parameter.normal_(std=parameter[0].numel() ** -0.5)
+        elif name.endswith("norm_post_attn.weight"):
+            parameter.fill_(0.5)
+    for name, buffer in tower.named_buffers():
+        if name.endswith(("input_min", "output_min")):
+            buffer.fill_(-CLIP)
+        elif name.endswith(("input_max", "output_max")):
+            buffer.fill_(CLIP)
 
 
 @torch.no_grad()
-def load_weights(model: Gemma4ForCausalLM, folder: Path) -> None:
-    """Take the weights of a checkpoint that `save_model` wrote."""
+def load_weights(model: Gemma4ForConditionalGeneration, folder: Path) -> None:
+    """Take the weights of a checkpoint that `save_model` wrote; one without ears leaves the model's own."""
     from safetensors.torch import load_file
 
-    state: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        state |= load_file(file)
     own = model.state_dict()
-    for name, tensor in state.items():
-        own[f"model.{name.removeprefix('model.language_model.')}"].copy_(tensor)
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            own[name].copy_(tensor)
 
 
-def save_model(model: Gemma4ForCausalLM, folder: Path) -> None:
-    """Write config.json, generation_config.json and bf16 weights under the Hub's names, in shards."""
-    import json
-
+def save_model(model: Gemma4ForConditionalGeneration, folder: Path) -> None:
+    """Write the configurations and bf16 weights under the Hub's names, in shards."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     full_config().save_pretrained(folder)
     (folder / "generation_config.json").write_text(json.dumps(generation_config(), indent=2) + "\n")
+    (folder / "processor_config.json").write_text(json.dumps(processor_config(), indent=2) + "\n")
     state = {
-        f"model.language_model.{name.removeprefix('model.')}": tensor.detach()
-        .to(torch.bfloat16)
-        .cpu()
-        .contiguous()
+        name: tensor.detach().to(torch.bfloat16).cpu().contiguous()
         for name, tensor in model.state_dict().items()
         if not name.startswith("lm_head.")
     }

@@ -11,79 +11,47 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from transformers import Gemma4ForCausalLM
+from torch.utils.data import DataLoader
+from transformers import Gemma4ForConditionalGeneration
 
-from .corpus import Encoder, random_dialogue
+from .batches import ALPHABET, ROW, Batches, SpokenBatches
+from .hearing import LogMel, Teacher, hear
 from .model import load_weights, new_model, save_model
+from .rooms import disturb
+from .speech import PHONEMES
 
-ROW = 1536  # tokens; longer dialogues are left out
 ROWS = 40  # a batch
 
 
-class Batches(IterableDataset[dict[str, Tensor]]):
-    """Endless batches of packed rows; each worker draws its own, seeded, dialogues."""
-
-    def __init__(self, folder: Path, seed: int, rows: int = ROWS, row: int = ROW) -> None:
-        self.folder, self.seed, self.rows, self.row = folder, seed, rows, row
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        worker = get_worker_info()
-        rng = random.Random(f"{self.seed}/{worker.id if worker else 0}")
-        torch.set_num_threads(1)
-        encoder = Encoder(self.folder)
-        waiting: list[tuple[np.ndarray, np.ndarray]] = []
-        while True:
-            ids = np.zeros((self.rows, self.row), dtype=np.int64)
-            document = np.full((self.rows, self.row), -1, dtype=np.int32)
-            position = np.zeros((self.rows, self.row), dtype=np.int64)
-            learned = np.zeros((self.rows, self.row), dtype=bool)
-            for r in range(self.rows):
-                used, number = 0, 0
-                while True:
-                    while len(waiting) < 12:
-                        waiting.append(encoder.encode(*random_dialogue(rng)))
-                    fitting = [i for i, (tokens, _) in enumerate(waiting) if len(tokens) <= self.row - used]
-                    if not fitting:
-                        waiting = [item for item in waiting if len(item[0]) <= self.row]
-                        if used:
-                            break
-                        continue
-                    tokens, own = waiting.pop(max(fitting, key=lambda i: len(waiting[i][0])))
-                    end = used + len(tokens)
-                    ids[r, used:end], document[r, used:end] = tokens, number
-                    position[r, used:end], learned[r, used:end] = np.arange(len(tokens)), own
-                    used, number = end, number + 1
-            yield {
-                "ids": torch.from_numpy(ids),
-                "document": torch.from_numpy(document),
-                "position": torch.from_numpy(position),
-                "learned": torch.from_numpy(learned),
-            }
-
-
 def forward(
-    model: Gemma4ForCausalLM,
+    model: Gemma4ForConditionalGeneration,
     ids: Tensor,
     position: Tensor,
     masks: dict[str, Tensor],
     step: Callable[..., Any],
+    soft: Tensor | None = None,
 ) -> Tensor:
-    """Last hidden states (batch, seq, hidden) of packed rows. `step` is `layer_step`, compiled or not."""
-    text = model.model
+    """Last hidden states (batch, seq, hidden) of packed rows. `step` is `layer_step`, compiled or not.
+
+    `soft` (tokens, hidden): what was heard, in place of the audio placeholders, in order.
+    """
+    text = model.model.language_model
+    audio = ids == model.config.audio_token_id
+    ids = ids.masked_fill(audio, text.config.pad_token_id)
     hidden = text.embed_tokens(ids)
-    per_layer = text.project_per_layer_inputs(hidden, text.get_per_layer_inputs(ids, hidden))
+    rows = text.get_per_layer_inputs(ids, hidden)
+    if soft is not None:
+        hidden = hidden.masked_scatter(audio[..., None], soft.to(hidden.dtype))
+    per_layer = text.project_per_layer_inputs(hidden, rows)
     rotary = {kind: text.rotary_emb(hidden, position, kind) for kind in masks}
     shared: dict[str, tuple[Tensor, Tensor]] = {}
     for index, layer in enumerate(text.layers):
@@ -176,8 +144,8 @@ class RoundedWeights:
 
     BLOCK = 128
 
-    def __init__(self, model: Gemma4ForCausalLM) -> None:
-        self.weights = [p for p in model.parameters() if p.ndim == 2]
+    def __init__(self, model: Gemma4ForConditionalGeneration) -> None:
+        self.weights = [p for p in model.model.language_model.parameters() if p.ndim == 2]
         self.exact: list[Tensor] = []
 
     @torch.no_grad()
@@ -198,26 +166,43 @@ class RoundedWeights:
         return ((blocks / scale).round().clamp(-8, 7) * scale).view_as(weight)
 
 
-def loss_of(model: Gemma4ForCausalLM, hidden: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """Mean cross entropy of the tokens that the model writes itself."""
-    wanted = batch["learned"][:, 1:] & (batch["document"][:, 1:] == batch["document"][:, :-1])
+def loss_of(
+    model: Gemma4ForConditionalGeneration, hidden: Tensor, batch: dict[str, Tensor], rows: slice = slice(None)
+) -> Tensor:
+    """Mean cross entropy of the tokens that the model writes itself; `hidden` are those rows of the batch."""
+    ids, document = batch["ids"][rows], batch["document"][rows]
+    wanted = batch["learned"][rows, 1:] & (document[:, 1:] == document[:, :-1])
     logits = model.lm_head(hidden[:, :-1][wanted]).float()
-    cap = model.config.final_logit_softcapping
-    return F.cross_entropy(torch.tanh(logits / cap) * cap, batch["ids"][:, 1:][wanted])
+    cap = model.config.text_config.final_logit_softcapping
+    return F.cross_entropy(torch.tanh(logits / cap) * cap, ids[:, 1:][wanted])
 
 
-def optimizer_of(model: Gemma4ForCausalLM, peak: float, table_factor: float) -> torch.optim.Optimizer:
-    """AdamW; matrices decay, norms do not; embeddings learn at their own rate."""
-    tables = [p for n, p in model.named_parameters() if "embed" in n]
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    vectors = [p for n, p in model.named_parameters() if p.ndim < 2]
-    groups = [
-        {"params": matrices, "peak": peak, "weight_decay": 0.1},
-        {"params": tables, "peak": peak * table_factor, "weight_decay": 0.01},
-        {"params": vectors, "peak": peak, "weight_decay": 0.0},
-    ]
+def optimizer_of(
+    model: Gemma4ForConditionalGeneration, teacher: Teacher, text_rate: float, audio_rate: float
+) -> torch.optim.Optimizer:
+    """AdamW; matrices decay, norms do not; the ears learn at their own rate."""
+    groups = []
+    for module, peak in (
+        (model.model.language_model, text_rate),
+        *((ears, audio_rate) for ears in (model.model.audio_tower, model.model.embed_audio, teacher)),
+    ):
+        named = list(module.named_parameters())
+        groups += [
+            {
+                "params": [p for n, p in named if p.ndim >= 2 and "embed" not in n],
+                "weight_decay": 0.1,
+                "peak": peak,
+            },
+            {
+                "params": [p for n, p in named if p.ndim >= 2 and "embed" in n],
+                "weight_decay": 0.01,
+                "peak": peak,
+            },
+            {"params": [p for n, p in named if p.ndim < 2], "weight_decay": 0.0, "peak": peak},
+        ]
     fused = next(model.parameters()).is_cuda
-    return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), eps=1e-9, fused=fused)
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=text_rate, betas=(0.9, 0.95), eps=1e-9, fused=fused)
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
@@ -228,14 +213,16 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     if args.init:
         load_weights(model, args.init)
     model.to(device)
-    optimizer = optimizer_of(model, args.learning_rate, args.table_factor)
-    batches = Batches(args.tokenizer, args.seed, args.rows, args.row)
-    loader = DataLoader(batches, batch_size=None, num_workers=args.workers, pin_memory=device == "cuda")
+    mel = LogMel().to(device)
+    teacher = Teacher(model.config.audio_config.output_proj_dims, len(PHONEMES), len(ALPHABET)).to(device)
+    optimizer = optimizer_of(model, teacher, args.learning_rate, args.audio_rate)
     step_layer = torch.compile(layer_step, dynamic=False) if args.compile else layer_step
     rounded = RoundedWeights(model)
-    log: list[tuple[int, float]] = []
-    tokens, total, started = 0, torch.zeros((), device=device), time.time()
-    for step, batch in enumerate(loader):
+    heads: list[torch.nn.Module] = [model.model.audio_tower, model.model.embed_audio, teacher]
+    ears = [parameter for module in heads for parameter in module.parameters()]
+    log: list[tuple[int, dict[str, float]]] = []
+    tokens, clips, total, started = 0, 0, torch.zeros(4, device=device), time.time()
+    for step, batch in enumerate(batches(args, device == "cuda")):
         # Where time runs out before the steps do, the schedule ends with it.
         progress = max(step / args.steps, (time.time() - started) / args.max_seconds)
         if progress >= 1.0:
@@ -249,36 +236,81 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             rounded if rounding else nullcontext(),
             torch.autocast(device, torch.bfloat16),
         ):
-            masks = masks_of(batch["document"], model.config.sliding_window)
-            loss = loss_of(model, forward(model, batch["ids"], batch["position"], masks, step_layer), batch)
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            soft, lessons = None, torch.zeros(2, device=device)
+            if "clips" in batch:
+                with torch.autocast(device, enabled=False):
+                    strength = min(1.0, progress / args.quiet) if args.quiet else 1.0
+                    clips_heard = disturb(
+                        batch["clips"].float() / 32768, batch["samples"], args.seed + step, strength
+                    )
+                    heard_frames, valid = mel(clips_heard, batch["samples"])
+                heard, mask, soft = hear(model, heard_frames, valid)
+                lessons = torch.stack(teacher.losses(heard, mask, batch["sounds"], batch["said"]))
+            masks = masks_of(batch["document"], model.config.text_config.sliding_window)
+            hidden = forward(model, batch["ids"], batch["position"], masks, step_layer, soft)
+            spoken = args.spoken_rows
+            text_loss = loss_of(model, hidden[spoken:], batch, slice(spoken, None))
+            spoken_loss = loss_of(model, hidden[:spoken], batch, slice(0, spoken)) if spoken else lessons[0]
+            (text_loss + spoken_loss + args.lessons * (1.0 - progress) * lessons.sum()).backward()
+        torch.nn.utils.clip_grad_norm_(model.model.language_model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(ears, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        total += loss.detach()
+        total += torch.stack([text_loss, spoken_loss, *lessons]).detach()
         tokens += batch["ids"].numel()
+        clips += int((batch["samples"] > 0).sum()) if "clips" in batch and step % 20 == 0 else 0
         if (step + 1) % args.log_every == 0:
-            log.append((step + 1, total.item() / args.log_every))
+            names = ("text", "spoken", "sounds", "spelling")
+            log.append((step + 1, dict(zip(names, (total / args.log_every).tolist(), strict=True))))
             seconds = time.time() - started
-            speed = f"{tokens / seconds:,.0f} tok/s, {seconds:.0f} s"
-            print(f"step {step + 1}/{args.steps} loss {log[-1][1]:.5f} {speed}", flush=True)
+            losses = ", ".join(f"{name} {value:.4f}" for name, value in log[-1][1].items())
+            print(
+                f"step {step + 1}/{args.steps} loss: {losses}; {tokens / seconds:,.0f} tok/s, "
+                f"{20 * clips / seconds:,.0f} clips/s, {seconds:.0f} s",
+                flush=True,
+            )
             total.zero_()
         if (step + 1) % args.save_every == 0:
             save_model(model, args.out)
     save_model(model, args.out)
     return {
-        "steps": tokens // (args.rows * args.row),
+        "steps": step,
         "tokens": tokens,
+        "clips": 20 * clips,
         "seed": args.seed,
         "init": args.init.name if args.init else None,
         "learning_rate": args.learning_rate,
-        "batch_tokens": args.rows * args.row,
+        "audio_rate": args.audio_rate,
+        "text_rows": args.rows,
+        "spoken_rows": args.spoken_rows,
+        "row": args.row,
         "seconds": round(time.time() - started, 1),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "torch": torch.__version__,
         "parameters": sum(p.numel() for p in model.parameters()),
         "loss": log[-1][1] if log else None,
     }
+
+
+def batches(args: argparse.Namespace, pin: bool) -> Iterator[dict[str, Tensor]]:
+    """Rows of spoken dialogues first, then rows of text, in one batch."""
+
+    def loader(dataset: Batches | SpokenBatches, workers: int) -> DataLoader[dict[str, Tensor]]:
+        ahead = 4 if workers else None
+        return DataLoader(
+            dataset, batch_size=None, num_workers=workers, pin_memory=pin, prefetch_factor=ahead
+        )
+
+    text = loader(Batches(args.tokenizer, args.seed, args.rows, args.row), args.workers)
+    if not args.spoken_rows:
+        yield from text
+        return
+    spoken = loader(
+        SpokenBatches(args.tokenizer, args.seed + 1, args.spoken_rows, args.clips, args.row),
+        args.speech_workers,
+    )
+    for heard, read in zip(spoken, text, strict=True):
+        yield heard | {name: torch.cat((heard[name], read[name])) for name in read}
 
 
 def schedule(step: int, progress: float, warm_up: int) -> float:
@@ -298,9 +330,13 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
     parser.add_argument("--seed", type=int, default=20)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--audio-rate", type=float, default=2e-3, help="learning rate of the audio tower")
     parser.add_argument(
-        "--table-factor", type=float, default=1.0, help="embedding tables' rate over the rest's"
+        "--spelling", type=float, default=0.5, help="weight of the spelling loss at the start"
     )
+    parser.add_argument("--spoken-rows", type=int, default=0, help="rows of a batch with spoken dialogues")
+    parser.add_argument("--clips", type=int, default=96, help="clips of a batch, at most")
+    parser.add_argument("--speech-workers", type=int, default=0)
     parser.add_argument("--warm-up", type=int, default=300, help="steps")
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--row", type=int, default=ROW)

@@ -8,7 +8,9 @@ that training leaves out.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from ..sensor_summary.facts import expected_anomalies, expected_severity
@@ -23,6 +25,7 @@ from ..sensor_summary.window import (
 )
 from .words import (
     GENERIC,
+    PLACES,
     QUANTITIES,
     SILENT_ACTION,
     STATES,
@@ -58,6 +61,19 @@ def random_window(rng: random.Random, *, held_out: bool = False, max_sensors: in
         if name not in sensors:
             sensors[name] = _sensor(rng, name, quantity, start_s, end_s, fault_rate, held_out)
     return Window(site(rng, held_out), start_s, end_s, tuple(sensors.values()), UTC)
+
+
+def speakable_window(rng: random.Random) -> Window:
+    """One to four sensors whose names are words that can be said: "bench-3/air_temperature"."""
+    known = {name for quantity in QUANTITIES for name in quantity.names if re.fullmatch("[a-z ]+", name)}
+    window = random_window(rng, max_sensors=4)
+    sensors: dict[str, SensorStats] = {}
+    for sensor in window.sensors:
+        spot = rng.choice(PLACES) + rng.choice(["", "", f"-{rng.randint(1, 20)}"])
+        what = sensor.quantity if sensor.quantity in known else rng.choice(sorted(known))
+        name = f"{spot}/{what.replace(' ', '_')}"
+        sensors[name] = replace(sensor, name=name)
+    return replace(window, sensors=tuple(sensors.values()))
 
 
 def _sensor_name(
@@ -355,14 +371,16 @@ _ASK_ALL = {
 }
 
 
-def random_question(rng: random.Random, window: Window) -> tuple[str, str]:
-    """A short question about the window and its answer."""
+def random_question(rng: random.Random, window: Window, *, spoken: bool = False) -> tuple[str, str]:
+    """A short question about the window and its answer; `spoken`: with names as one says them."""
     if rng.random() < 0.25:
         topic = rng.choice(list(_ASK_ALL))
         return rng.choice(_ASK_ALL[topic]), _answer_all(topic, window)
     sensor = rng.choice(window.sensors)
     topic = rng.choice(list(_ASK))
     name = sensor.name if rng.random() < 0.5 else f"'{sensor.name}'"
+    if spoken:
+        name = "the " + re.sub(r"[/_-]", " ", sensor.name)
     question = rng.choice(_ASK[topic]).format(s=name, q=sensor.quantity)
     return question, _ANSWERS[topic](window, sensor)
 

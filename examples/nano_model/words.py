@@ -299,6 +299,11 @@ def invented_text(rng: random.Random, words: int, held_out: bool) -> str:
     )
 
 
+def known_text(rng: random.Random, words: int) -> str:
+    """Some words of the lists."""
+    return " ".join(rng.choice(rng.choice((PLACES, SITES, _COMMON))) for _ in range(words))
+
+
 def place(rng: random.Random, held_out: bool) -> str:
     """One part of a sensor's name."""
     kind = rng.random()

@@ -1,0 +1,221 @@
+"""Nano's speech corpus and what training does with it: voices, rooms, lessons, transformers' hearing."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import Gemma4AudioFeatureExtractor
+
+from gemma_edge.examples.nano_model import evaluate as evaluation
+from gemma_edge.examples.nano_model import speech, spoken
+from gemma_edge.examples.nano_model import train as training
+from gemma_edge.examples.nano_model.batches import ALPHABET, SpokenBatches, characters, spoken_texts
+from gemma_edge.examples.nano_model.corpus import Encoder
+from gemma_edge.examples.nano_model.hearing import MAX_SAMPLES, TOKEN, LogMel, Teacher, hear, soft_tokens
+from gemma_edge.examples.nano_model.model import load_weights, new_model
+from gemma_edge.examples.nano_model.rooms import disturb
+
+NANO = Path(__file__).parent.parent / "models" / "nano"
+SPEAKER = speech.Speaker("en-us+f3", 160, 50, 50)
+seeds = st.integers(0, 10_000_000)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return Encoder(NANO)
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict[str, torch.Tensor]:
+    return next(iter(SpokenBatches(NANO, seed=1, rows=1, clips=16)))
+
+
+class TestSpeech:
+    def test_training_and_evaluation_share_no_voice_and_no_rate(self):
+        rng = random.Random(1)
+        trained = [speech.random_speaker(rng) for _ in range(400)]
+        held_out = [speech.random_speaker(rng, held_out=True) for _ in range(400)]
+        assert not {s.voice.split("+")[1] for s in trained} & {s.voice.split("+")[1] for s in held_out}
+        assert not {s.rate for s in trained} & {s.rate for s in held_out}
+
+    @pytest.mark.parametrize("variant", [*speech.VARIANTS, *speech.HELD_OUT_VARIANTS])
+    def test_every_voice_speaks(self, variant: str):
+        said = speech.say("test", speech.Speaker(f"en-us+{variant}", 180, 50, 50))
+        assert 0.1 < len(said.samples) / speech.RATE_HZ < 2
+        plain = speech.say("test", speech.Speaker("en-us", 180, 50, 50))
+        assert said.samples.tobytes() != plain.samples.tobytes()
+
+    def test_accents_differ(self):
+        accents = {*speech.ACCENTS, *speech.HELD_OUT_ACCENTS}
+        said = {a: speech.say("Water the garden.", speech.Speaker(f"{a}+m3", 160, 50, 50)) for a in accents}
+        assert len({said[accent].samples.tobytes() for accent in accents}) == len(accents)
+
+    def test_sounds_are_timed(self):
+        """ "see": s, then i. The hiss has its energy above 3 kHz, the vowel below."""
+        said = speech.say("see", SPEAKER)
+        classes = [speech.PHONEMES.index(name) + 1 for name in ("s", "i:")]
+        assert [number for number in said.sounds.tolist() if number] == classes
+        vowel = int(said.starts[1])
+
+        def high(samples: np.ndarray) -> float:
+            power = np.abs(np.fft.rfft(samples)) ** 2
+            return float(power[len(power) * 3 // 8 :].sum() / power.sum())
+
+        assert high(said.samples[200 : vowel - 200]) > 2 * high(said.samples[vowel + 800 : -800])
+        at = said.sounds_at(np.array([-5, 10, vowel + 10, len(said.samples) + 5]))
+        assert at.tolist() == [0, *classes, 0]
+
+    def test_resampling_keeps_the_tone(self):
+        time_s = np.arange(22_050) / 22_050
+        tone = speech.resample(np.sin(2 * np.pi * 1000 * time_s).astype(np.float32), 22_050)
+        expected = np.sin(2 * np.pi * 1000 * np.arange(16_000) / 16_000)
+        assert len(tone) == 16_000
+        assert np.abs(tone - expected)[200:-200].max() < 0.01
+
+    def test_nothing_to_say_is_an_error(self):
+        with pytest.raises(ValueError, match="says nothing"):
+            speech.say("  ", SPEAKER)
+        with pytest.raises(ValueError, match="no voice 'en-us\\+nobody'"):
+            speech.say("test", speech.Speaker("en-us+nobody", 160, 50, 50))
+
+
+class TestRooms:
+    def test_same_seed_same_room(self):
+        clip = torch.from_numpy(speech.say("Good morning.", SPEAKER).samples)[None]
+        length = torch.tensor([clip.shape[1]])
+        assert torch.equal(disturb(clip, length, 4), disturb(clip, length, 4))
+        assert not torch.allclose(disturb(clip, length, 4), disturb(clip, length, 5))
+
+    def test_without_strength_only_the_gain_changes(self):
+        clip = torch.from_numpy(speech.say("Good morning.", SPEAKER).samples)[None]
+        heard = disturb(clip, torch.tensor([clip.shape[1]]), 4, strength=0.0)
+        gain = heard.abs().max() / clip.abs().max()
+        assert 10 ** (-26 / 20) <= gain <= 10 ** (-1 / 20)
+        assert (heard - gain * clip).abs().max() < 1e-4
+
+    @given(seeds)
+    @settings(max_examples=20, deadline=None)
+    def test_speech_stays_on_top_of_the_noise(self, seed: int):
+        clip = torch.from_numpy(speech.say("Good morning.", SPEAKER).samples)[None]
+        heard = disturb(clip, torch.tensor([clip.shape[1]]), seed)[0]
+        assert heard.abs().max() <= 10 ** (-1 / 20) + 1e-4
+        assert torch.isfinite(heard).all()
+        similar = torch.fft.irfft(torch.fft.rfft(heard, 65536) * torch.fft.rfft(clip[0], 65536).conj())
+        assert similar[:64].max() == similar.max()  # nothing is moved
+
+
+class TestDialogues:
+    @given(seeds, st.booleans())
+    @settings(max_examples=100, deadline=None)
+    def test_held_out_sentences_are_never_said_in_training(self, seed: int, held_out: bool):
+        messages, _ = spoken.spoken_dialogue(random.Random(seed), held_out=held_out)
+        texts = spoken_texts(messages)
+        assert texts
+        free = {spoken.written(text) for text in spoken._GREETINGS}
+        assert all(spoken.is_held_out(text) == held_out for text in texts if text not in free)
+
+    @given(seeds)
+    @settings(max_examples=100, deadline=None)
+    def test_transcripts_hold_what_can_be_heard(self, seed: int):
+        prompt, answer = spoken.transcript_dialogue(random.Random(seed))
+        assert answer["content"] == prompt["content"][1]["say"]
+        assert set(answer["content"][:-1].lower()) <= set(ALPHABET) and answer["content"][-1] in ".?"
+
+    def test_written_form(self):
+        assert spoken.written("brightness 40% in the hall") == "Brightness 40 percent in the hall."
+        assert spoken.written("What does bed 3 level read?") == "What does bed 3 level read?"
+        assert spoken.written("Wake me at 06:45.") == "Wake me at 06:45."
+        assert spoken.written("Water bed 2 for 5 min") == "Water bed 2 for 5 minutes."
+
+    def test_characters_are_numbered(self):
+        assert characters(["Ab 1."], 2)[:, :5].tolist() == [[2, 3, 1, 29, 0], [0, 0, 0, 0, 0]]
+
+
+class TestHearing:
+    def test_frames_are_transformers_frames(self, batch: dict[str, torch.Tensor]):
+        """Float32 on the GPU against the extractor's float64: 1e-3 of values from -7 to 6."""
+        clips = batch["clips"].float() / 32768
+        mel, valid = LogMel()(clips, batch["samples"])
+        extractor = Gemma4AudioFeatureExtractor()
+        for row in range(4):
+            samples = int(batch["samples"][row])
+            out = extractor([clips[row, :samples].numpy()], return_tensors="pt")
+            mask = out.input_features_mask[0].bool()
+            assert int(mask.sum()) == int(valid[row].sum())
+            assert (out.input_features[0][mask] - mel[row][valid[row]]).abs().max() < 1e-3
+
+    def test_the_training_walk_equals_transformers(self, batch: dict[str, torch.Tensor]):
+        """A packed row with soft tokens in it: logits of its first dialogue within 1e-3."""
+        model = new_model(3).eval()
+        load_weights(model, NANO)
+        mel, valid = LogMel()(batch["clips"].float() / 32768, batch["samples"])
+        masks = training.masks_of(batch["document"], model.config.text_config.sliding_window)
+        with torch.no_grad():
+            _, mask, soft = hear(model, mel, valid)
+            counts = [soft_tokens(n) for n in batch["samples"].tolist() if n]
+            assert mask.sum(1).tolist()[: len(counts)] == counts
+            hidden = training.forward(
+                model, batch["ids"], batch["position"], masks, training.layer_step, soft
+            )
+            rows = (batch["document"][0] == 0).nonzero()[:, 0]
+            ids = batch["ids"][:, rows]
+            placeholders, clips = int((ids == model.config.audio_token_id).sum()), 0
+            while sum(counts[:clips]) < placeholders:
+                clips += 1
+            theirs = model(
+                input_ids=ids, input_features=mel[:clips], input_features_mask=valid[:clips]
+            ).logits
+            ours = torch.tanh(model.lm_head(hidden[:, rows]) / 30) * 30
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
+
+    def test_lessons_know_their_answers(self, batch: dict[str, torch.Tensor]):
+        """A teacher whose heads are given the answers has nothing left to teach."""
+        sounds, said = batch["sounds"], batch["said"]
+        used = batch["samples"] > 0
+        mask = torch.zeros(sounds.shape, dtype=torch.bool)
+        for row, samples in enumerate(batch["samples"].tolist()):
+            mask[row, : soft_tokens(samples)] = samples > 0
+        assert ((sounds >= 0) | ~mask).float().mean() > 0.98
+        teacher = Teacher(sounds.shape[1], 100, len(ALPHABET))
+        heard = torch.zeros(*sounds.shape, sounds.shape[1])
+        made, spelled = teacher.losses(heard, mask, sounds, said)
+        assert made > 3 and spelled > 3
+        with torch.no_grad():
+            teacher = Teacher(101, 100, len(ALPHABET))
+            teacher.sounds.weight.copy_(30 * torch.eye(101))
+            teacher.sounds.bias.zero_()
+        made, _ = teacher.losses(torch.eye(101)[sounds.clamp_min(0)], mask, sounds, said)
+        assert made < 1e-3
+        assert used.any()
+
+    def test_a_clip_is_where_its_sounds_say(self, batch: dict[str, torch.Tensor]):
+        """Silence before and after the speech, in the samples and in the lesson."""
+        for clip, samples, sounds in zip(batch["clips"], batch["samples"], batch["sounds"], strict=True):
+            if samples:
+                heard = sounds[: soft_tokens(int(samples))]
+                assert int(heard[0]) == 0 and clip[: TOKEN // 2].abs().max() == 0
+                loud = (clip != 0).nonzero()[:, 0]
+                first = (heard != 0).nonzero()[0, 0]
+                assert abs(int(first) * TOKEN - int(loud[0])) < 4 * TOKEN
+        assert batch["clips"].shape[1] == MAX_SAMPLES
+
+
+def test_word_errors():
+    count = evaluation.word_errors
+    assert count("turn on the light".split(), "turn on the light".split()) == 0
+    assert count("turn on the light".split(), "turn the lights".split()) == 2
+    assert count(["a"], []) == 1 and count([], ["a", "b"]) == 2
+    assert evaluation.plain_words("What's bed 3, at 06:45?") == ["what", "s", "bed", "3", "at", "06:45"]
+
+
+def test_spoken_cases_are_heard_as_they_are_counted(encoder: Encoder):
+    for case in evaluation.cases(encoder, 2, spoken=True):
+        placeholders = case.prompt.ids.count(encoder.audio)
+        assert placeholders == sum(soft_tokens(len(clip)) for clip in case.prompt.clips)
+        assert bool(case.prompt.clips) == (case.task in ("transcript", "spoken_command"))
