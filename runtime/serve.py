@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,11 +26,12 @@ from .service import MAX_TIMEOUT_S, Service
 from .transcribe import language_code
 from .transports.mqtt_address import BrokerAddress, Topics, node_from_hostname, parse_broker_url
 from .transports.openai_api import ApiLimits
-from .transports.sockets import UnixListener, bind_tcp, bind_unix, default_socket_path
+from .transports.sockets import UnixListener, bind_tcp, bind_unix, default_socket_path, parse_uri
 
 if TYPE_CHECKING:
     from .transports.http import HttpServer
     from .transports.mqtt import MqttTransport, Version
+    from .transports.wyoming import WyomingServer
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,8 @@ class ServeSettings:
     timeout_s: float
     drain_timeout_s: float
     languages: tuple[str, ...] = ("en",)  # of speech; the first is taken for granted
+    wyoming: tuple[Path | str, ...] = ()  # unix sockets and HOST:PORT
+    wyoming_system: str | None = None
 
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,9 +75,11 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     http.add_argument("--socket-mode", metavar="OCTAL", default="600", help="its permissions (default: 600)")
     http.add_argument("--tcp", metavar="HOST:PORT", help="listen on TCP too; loopback addresses only")
     http.add_argument(
-        "--allow-remote", action="store_true", help="let --tcp listen on any address, without authentication"
+        "--allow-remote",
+        action="store_true",
+        help="let --tcp and --wyoming listen on any address, without authentication",
     )
-    http.add_argument("--no-http", action="store_true", help="serve MQTT only")
+    http.add_argument("--no-http", action="store_true", help="serve MQTT or Wyoming only")
     mqtt = parser.add_argument_group("MQTT")
     mqtt.add_argument(
         "--mqtt",
@@ -100,6 +105,17 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     )
     mqtt.add_argument(
         "--node", metavar="NAME", help="this daemon's level below it (default: the host's name)"
+    )
+    wyoming = parser.add_argument_group("Wyoming (Home Assistant)")
+    wyoming.add_argument(
+        "--wyoming",
+        metavar="URI",
+        action="append",
+        default=[],
+        help="listen on unix:///PATH or tcp://HOST:PORT; loopback addresses only; may be given several times",
+    )
+    wyoming.add_argument(
+        "--wyoming-system", metavar="TEXT", help="system prompt of conversations: how to answer"
     )
     audio = parser.add_argument_group("speech (bundles with an audio encoder)")
     audio.add_argument(
@@ -146,8 +162,10 @@ def settings_from(args: argparse.Namespace) -> ServeSettings:
         raise ConfigError(f"--drain-timeout: expected 0 or more, got {args.drain_timeout}")
     if args.no_http and (args.tcp or args.socket):
         raise ConfigError("--no-http: leave out --socket and --tcp")
-    if args.no_http and not args.mqtt:
-        raise ConfigError("--no-http: then there must be a broker, give --mqtt")
+    if args.no_http and not args.mqtt and not args.wyoming:
+        raise ConfigError("--no-http: then there must be something else, give --mqtt or --wyoming")
+    if args.wyoming_system is not None and not args.wyoming:
+        raise ConfigError("--wyoming-system: needs --wyoming")
     try:
         mode = int(args.socket_mode, 8)
     except ValueError:
@@ -164,6 +182,8 @@ def settings_from(args: argparse.Namespace) -> ServeSettings:
         timeout_s=args.timeout,
         drain_timeout_s=args.drain_timeout,
         languages=_languages(args.languages),
+        wyoming=tuple(parse_uri(uri, option="--wyoming") for uri in args.wyoming),
+        wyoming_system=args.wyoming_system,
     )
 
 
@@ -216,6 +236,7 @@ class Daemon:
         self._settings = settings
         self._unix: UnixListener | None = None
         self._tcp: socket.socket | None = None
+        self._wyoming: list[socket.socket] = []
         self._stopping = False
         self._wake_read, self._wake_write = os.pipe()  # a handler may write to it, but take no lock
         self._cleanup = contextlib.ExitStack()
@@ -225,15 +246,27 @@ class Daemon:
             cleanup.callback(os.close, self._wake_read)
             cleanup.callback(os.close, self._wake_write)
             if self._settings.socket is not None or self._settings.tcp is not None:
-                _require_http()
+                _require("HTTP", "http", ("starlette", "uvicorn", "python_multipart"))
             if self._settings.socket is not None:
                 self._unix = bind_unix(self._settings.socket, self._settings.socket_mode)
                 cleanup.callback(self._unix.close)
             if self._settings.tcp is not None:
                 self._tcp = bind_tcp(self._settings.tcp, allow_remote=self._settings.allow_remote)
                 cleanup.callback(self._tcp.close)
+            for place in self._settings.wyoming:
+                self._wyoming.append(self._bind_wyoming(place, cleanup))
             self._cleanup = cleanup.pop_all()
         return self
+
+    def _bind_wyoming(self, place: Path | str, cleanup: contextlib.ExitStack) -> socket.socket:
+        _require("Wyoming", "voice", ("wyoming",))
+        if isinstance(place, Path):
+            unix = bind_unix(place, self._settings.socket_mode, option="--wyoming")
+            cleanup.callback(unix.close)
+            return unix.socket
+        tcp = bind_tcp(place, allow_remote=self._settings.allow_remote, option="--wyoming")
+        cleanup.callback(tcp.close)
+        return tcp
 
     def __exit__(self, *_: object) -> None:
         self._cleanup.close()
@@ -252,14 +285,15 @@ class Daemon:
             language=self._settings.languages[0],
         )
         http = self._start_http(service, limits)
+        wyoming = self._start_wyoming(service, limits)
         mqtt = self._start_mqtt(service, limits)
         if mqtt and not self._stopping and not mqtt.wait_online(FIRST_MQTT_WAIT_S):
             log.warning("the broker does not answer yet; serving without it, and trying on")
         print(f"ready: {service.model_name} on {', '.join(self._addresses())}", file=sys.stderr, flush=True)
         _notify(f"READY=1\nSTATUS=serving {service.model_name}")
-        healthy = self._wait(http)
+        healthy = self._wait({"HTTP": http, "Wyoming": wyoming})
         _notify("STOPPING=1")
-        self._shut_down(service, http, mqtt)
+        self._shut_down(service, http, mqtt, wyoming)
         return 0 if healthy else 1
 
     def _on_signal(self, number: int, frame: object) -> None:
@@ -267,13 +301,14 @@ class Daemon:
         os.write(self._wake_write, b"!")
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
 
-    def _wait(self, http: HttpServer | None) -> bool:
-        """Until a signal comes. False: the HTTP server ended by itself."""
+    def _wait(self, servers: Mapping[str, HttpServer | WyomingServer | None]) -> bool:
+        """Until a signal comes. False: a server ended by itself."""
         while not self._stopping:
             select.select([self._wake_read], [], [], 1.0)
-            if http is not None and not http.running:
-                log.error("the HTTP server ended unexpectedly; its error is above")
-                return False
+            for name, server in servers.items():
+                if server is not None and not server.running:
+                    log.error("the %s server ended unexpectedly; its error is above", name)
+                    return False
         return True
 
     def _start_http(self, service: Service, limits: ApiLimits) -> HttpServer | None:
@@ -284,6 +319,16 @@ class Daemon:
         from .transports.http import HttpServer
 
         server = HttpServer(service, limits, sockets, allow_remote=self._settings.allow_remote)
+        server.start()
+        return server
+
+    def _start_wyoming(self, service: Service, limits: ApiLimits) -> WyomingServer | None:
+        if not self._wyoming:
+            return None
+        from .transports.wyoming import Offer, WyomingServer
+
+        offer = Offer(service, limits, self._settings.languages, self._settings.wyoming_system)
+        server = WyomingServer(offer, self._wyoming)
         server.start()
         return server
 
@@ -299,7 +344,13 @@ class Daemon:
         transport.start()
         return transport
 
-    def _shut_down(self, service: Service, http: HttpServer | None, mqtt: MqttTransport | None) -> None:
+    def _shut_down(
+        self,
+        service: Service,
+        http: HttpServer | None,
+        mqtt: MqttTransport | None,
+        wyoming: WyomingServer | None,
+    ) -> None:
         started = time.monotonic()
         log.info("stopping: finishing what was accepted, for at most %.0f s", self._settings.drain_timeout_s)
         if mqtt is not None:
@@ -307,6 +358,8 @@ class Daemon:
         whole = service.drain(self._settings.drain_timeout_s)
         if mqtt is not None:
             mqtt.close(GOODBYE_S)
+        if wyoming is not None:
+            wyoming.close(GOODBYE_S)
         if http is not None:
             http.close(GOODBYE_S)
         outcome = "all requests finished" if whole else "unfinished requests were cancelled"
@@ -317,19 +370,28 @@ class Daemon:
         if self._unix is not None:
             found.append(f"unix:{self._unix.path}")
         if self._tcp is not None:
-            host, port = self._tcp.getsockname()[:2]
-            found.append(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+            found.append(f"http://{_host_port(self._tcp)}")
+        for bound in self._wyoming:
+            if bound.family == socket.AF_UNIX:
+                found.append(f"wyoming unix://{bound.getsockname()}")
+            else:
+                found.append(f"wyoming tcp://{_host_port(bound)}")
         if self._settings.mqtt is not None:
             found.append(f"{self._settings.mqtt.broker} ({self._settings.mqtt.topics.request})")
         return found
 
 
-def _require_http() -> None:
-    for package in ("starlette", "uvicorn"):
+def _host_port(bound: socket.socket) -> str:
+    host, port = bound.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _require(what: str, extra: str, packages: Sequence[str]) -> None:
+    for package in packages:
         if importlib.util.find_spec(package) is None:
+            instead = ", or serve MQTT alone with --no-http" if extra == "http" else ""
             raise GemmaEdgeError(
-                f"HTTP needs {package}, which is not installed: pip install 'gemma-edge[http]', "
-                "or serve MQTT alone with --no-http"
+                f"{what} needs {package}, which is not installed: pip install 'gemma-edge[{extra}]'{instead}"
             )
 
 

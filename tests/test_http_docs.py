@@ -1,4 +1,4 @@
-"""docs/http.md, docs/mqtt.md and the unit file name what the code does: parameters, codes, options."""
+"""docs/{http,mqtt,wyoming}.md and the unit file name what the code does: parameters, codes, options."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from gemma_edge.runtime import serve
 from gemma_edge.runtime.transports import openai_reply
 from gemma_edge.runtime.transports.mqtt_address import Topics
 from gemma_edge.runtime.transports.openai_api import IGNORED, REFUSED, Body
+from gemma_edge.runtime.transports.openai_audio import REFUSED as REFUSED_AUDIO
+from gemma_edge.runtime.transports.openai_audio import TranscriptionFields
 
 ROOT = Path(__file__).parents[1]
 HTTP = (ROOT / "docs/http.md").read_text(encoding="utf-8")
 MQTT = (ROOT / "docs/mqtt.md").read_text(encoding="utf-8")
+WYOMING = (ROOT / "docs/wyoming.md").read_text(encoding="utf-8")
 
 
 def test_every_parameter_and_code_is_documented() -> None:
     names = {field.name for field in msgspec.structs.fields(Body)} | set(REFUSED) | IGNORED
+    names |= {field.name for field in msgspec.structs.fields(TranscriptionFields)} | set(REFUSED_AUDIO)
     named = set(re.findall(r"`([a-z_]+)[`:]", HTTP))
     assert names <= named, names - named
     assert set(openai_reply._ERRORS) <= named, set(openai_reply._ERRORS) - named
@@ -30,7 +34,7 @@ def test_every_option_is_documented() -> None:
     parser = argparse.ArgumentParser()
     serve.add_serve_arguments(parser)
     options = {word for action in parser._actions for word in action.option_strings if word.startswith("--")}
-    missing = {option for option in options - {"--help"} if option not in HTTP + MQTT}
+    missing = {option for option in options - {"--help"} if option not in HTTP + MQTT + WYOMING}
     assert not missing
 
 

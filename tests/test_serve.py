@@ -24,7 +24,13 @@ import pytest
 from gemma_edge.runtime import serve
 from gemma_edge.runtime.errors import ConfigError, GemmaEdgeError
 from gemma_edge.runtime.transports.mqtt_address import node_from_hostname, parse_broker_url
-from gemma_edge.runtime.transports.sockets import bind_tcp, bind_unix, default_socket_path, split_host_port
+from gemma_edge.runtime.transports.sockets import (
+    bind_tcp,
+    bind_unix,
+    default_socket_path,
+    parse_uri,
+    split_host_port,
+)
 
 from .support.brokers import mosquitto
 from .support.daemon_process import SCRIPTED, SERVE, chat, daemon_process, request, stream, user, wait_until
@@ -301,6 +307,12 @@ def test_node_names_from_host_names() -> None:
         ["--mqtt", "mqtt://h", "--node", "a/b"],
         ["--mqtt", "mqtt://h", "--mqtt-ca", "ca.pem"],
         ["--mqtt", "mqtts://h", "--mqtt-ca", "/no/such/file"],
+        ["--wyoming", "tcp://localhost"],
+        ["--wyoming", "unix://relative"],
+        ["--wyoming", "stdio://"],
+        ["--wyoming-system", "Answer briefly."],
+        ["--languages", "en,tlh"],
+        ["--languages", ""],
     ],
     ids=" ".join,
 )
@@ -309,6 +321,27 @@ def test_bad_options(options: list[str]) -> None:
     serve.add_serve_arguments(parser)
     with pytest.raises(ConfigError, match=r"--"):
         serve.settings_from(parser.parse_args(["bundle", *options]))
+
+
+def test_wyoming_addresses(tmp_path: Path) -> None:
+    assert parse_uri("unix:///run/x.sock", option="--wyoming") == Path("/run/x.sock")
+    assert parse_uri("tcp://[::1]:10300", option="--wyoming") == "[::1]:10300"
+    parser = argparse.ArgumentParser()
+    serve.add_serve_arguments(parser)
+    options = ["bundle", "--no-http", "--wyoming", "tcp://0.0.0.0:0", "--languages", "de-DE,English"]
+    settings = serve.settings_from(parser.parse_args(options))
+    assert settings.languages == ("de", "en")
+    with pytest.raises(ConfigError, match=r"--wyoming 0.0.0.0:0: .* --allow-remote"), serve.Daemon(settings):
+        pass
+
+
+def test_missing_wyoming_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = argparse.ArgumentParser()
+    serve.add_serve_arguments(parser)
+    settings = serve.settings_from(parser.parse_args(["bundle", "--no-http", "--wyoming", "tcp://[::1]:0"]))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(GemmaEdgeError, match=r"gemma-edge\[voice\]"), serve.Daemon(settings):
+        pass
 
 
 def test_missing_http_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
