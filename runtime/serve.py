@@ -27,6 +27,7 @@ from .transcribe import language_code
 from .transports.mqtt_address import BrokerAddress, Topics, node_from_hostname, parse_broker_url
 from .transports.openai_api import ApiLimits
 from .transports.sockets import UnixListener, bind_tcp, bind_unix, default_socket_path, parse_uri
+from .transports.sound_folder import SoundFolder
 
 if TYPE_CHECKING:
     from .transports.http import HttpServer
@@ -45,6 +46,7 @@ class MqttSettings:
     topics: Topics
     version: Version
     ca_file: Path | None
+    sounds: SoundFolder | None
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,12 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     )
     mqtt.add_argument(
         "--mqtt-version", choices=("auto", "5", "3.1.1"), default="auto", help="auto: 5, else 3.1.1"
+    )
+    mqtt.add_argument(
+        "--audio-folder",
+        metavar="DIR",
+        type=Path,
+        help='sound files that requests may name, as in {"path": "x.wav"}; nothing outside of it is read',
     )
     mqtt.add_argument(
         "--base",
@@ -164,6 +172,8 @@ def settings_from(args: argparse.Namespace) -> ServeSettings:
         raise ConfigError("--no-http: leave out --socket and --tcp")
     if args.no_http and not args.mqtt and not args.wyoming:
         raise ConfigError("--no-http: then there must be something else, give --mqtt or --wyoming")
+    if args.audio_folder is not None and not args.mqtt:
+        raise ConfigError("--audio-folder: needs --mqtt")
     if args.wyoming_system is not None and not args.wyoming:
         raise ConfigError("--wyoming-system: needs --wyoming")
     try:
@@ -201,7 +211,11 @@ def _mqtt_settings(args: argparse.Namespace) -> MqttSettings:
     if args.mqtt_ca is not None and not args.mqtt_ca.is_file():
         raise ConfigError(f"--mqtt-ca {args.mqtt_ca}: no such file")
     node = args.node if args.node is not None else node_from_hostname(socket.gethostname())
-    return MqttSettings(broker, Topics(args.base, node), args.mqtt_version, args.mqtt_ca)
+    try:
+        sounds = None if args.audio_folder is None else SoundFolder(args.audio_folder)
+    except ConfigError as cause:
+        raise ConfigError(f"--audio-folder {cause}") from cause
+    return MqttSettings(broker, Topics(args.base, node), args.mqtt_version, args.mqtt_ca, sounds)
 
 
 def run_serve(args: argparse.Namespace) -> int:
@@ -339,7 +353,13 @@ class Daemon:
         from .transports.mqtt import MqttTransport
 
         transport = MqttTransport(
-            service, limits, mqtt.broker, mqtt.topics, version=mqtt.version, ca_file=mqtt.ca_file
+            service,
+            limits,
+            mqtt.broker,
+            mqtt.topics,
+            version=mqtt.version,
+            ca_file=mqtt.ca_file,
+            sounds=mqtt.sounds,
         )
         transport.start()
         return transport

@@ -40,7 +40,8 @@ def test_every_option_is_documented() -> None:
 
 def test_the_topics_are_those_of_the_documentation() -> None:
     topics = Topics("BASE", "NODE")
-    for topic in (topics.request, topics.response, topics.availability):
+    audio = (topics.request_audio, topics.response_audio)
+    for topic in (topics.request, topics.response, topics.availability, *audio):
         assert f"| `{topic}` |" in MQTT
 
 

@@ -307,6 +307,8 @@ def test_node_names_from_host_names() -> None:
         ["--mqtt", "mqtt://h", "--node", "a/b"],
         ["--mqtt", "mqtt://h", "--mqtt-ca", "ca.pem"],
         ["--mqtt", "mqtts://h", "--mqtt-ca", "/no/such/file"],
+        ["--audio-folder", "/tmp"],
+        ["--mqtt", "mqtt://h", "--audio-folder", "/no/such/folder"],
         ["--wyoming", "tcp://localhost"],
         ["--wyoming", "unix://relative"],
         ["--wyoming", "stdio://"],

@@ -37,8 +37,18 @@ from ..errors import ConfigError, RequestError
 from ..service import Done, Job, Service
 from .mqtt_address import BrokerAddress, Topics
 from .mqtt_client import CONNACK_TIMEOUT_S, LoopClient, connect, find_version, new_client
-from .openai_api import ApiError, ApiLimits, ChatCall, chat_call, parse_object, take_transaction, text_object
-from .openai_reply import ChunkStream, Completion, ReplyHead, error_object, failure
+from .mqtt_requests import (
+    Fields,
+    Replies,
+    audio_fields,
+    audio_request,
+    chat_fields,
+    chat_request,
+    user_properties,
+)
+from .openai_api import ApiError, ApiLimits
+from .openai_reply import ReplyHead, error_object, failure
+from .sound_folder import SoundFolder
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +84,9 @@ class MqttTransport:
         *,
         version: Version = "auto",
         ca_file: Path | None = None,
+        sounds: SoundFolder | None = None,
     ) -> None:
+        """sounds: where requests may name files."""
         if ca_file is not None and not (broker.tls and ca_file.is_file()):
             raise ConfigError(f"--mqtt-ca {ca_file}: needs an mqtts:// address and a readable file")
         self._service = service
@@ -82,6 +94,7 @@ class MqttTransport:
         self._broker = broker
         self._topics = topics
         self._ca_file = ca_file
+        self._sounds = sounds
         self._finds_version = version == "auto"
         self._client = self._new_client(
             MQTTProtocolVersion.MQTTv311 if version == "3.1.1" else MQTTProtocolVersion.MQTTv5
@@ -152,7 +165,7 @@ class MqttTransport:
             if self._finds_version:
                 self._use_version(find_version(self._bare_client(MQTTProtocolVersion.MQTTv5), self._broker))
             client = self._client
-            connect(client, self._broker)
+            connect(client, self._broker, max_request_bytes=self._limits.max_body_bytes)
         except (OSError, ValueError, MQTTException) as cause:
             self._reason = f"cannot connect ({cause})"
             return False
@@ -200,7 +213,7 @@ class MqttTransport:
         if reason.is_failure:
             self._fail(f"the broker refused the connection ({reason})")
         else:
-            client.subscribe(self._topics.request, qos=1)
+            client.subscribe([(self._topics.request, 1), (self._topics.request_audio, 1)])
 
     def _on_subscribe(
         self,
@@ -210,7 +223,13 @@ class MqttTransport:
         reasons: list[ReasonCode],
         properties: Properties | None,
     ) -> None:
-        if any(reason.is_failure for reason in reasons):
+        if reasons[-1].is_failure and not reasons[0].is_failure:
+            log.warning(
+                "the broker refused the subscription to %s (%s): requests with sound files do not arrive",
+                self._topics.request_audio,
+                reasons[-1],
+            )
+        if reasons[0].is_failure:
             self._fail(f"the broker refused the subscription to {self._topics.request} ({reasons[0]})")
             return
         self._publish_availability()
@@ -237,36 +256,42 @@ class MqttTransport:
         try:
             self._receive(message)
         except Exception:  # one odd message must not end the network thread
-            log.exception("a message on %s could not be handled", self._topics.request)
+            log.exception("a message on %s could not be handled", message.topic)
 
     def _receive(self, message: MQTTMessage) -> None:
         if message.retain:
-            log.info("a retained message on %s is ignored: requests are not retained", self._topics.request)
+            log.info("a retained message on %s is ignored: requests are not retained", message.topic)
             return
         properties = message.properties
         correlation = getattr(properties, "CorrelationData", None)
         response_topic = getattr(properties, "ResponseTopic", None)
         refusal = None if response_topic is None else self._topics.refusal(response_topic)
-        topic = self._topics.response if response_topic is None or refusal else response_topic
+        heard = message.topic == self._topics.request_audio
+        own_topic = self._topics.response_audio if heard else self._topics.response
+        topic = own_topic if response_topic is None or refusal else response_topic
         route = Route(topic, correlation)
         try:
             if refusal:
                 raise ApiError(refusal, "ResponseTopic")
             payload = bytes(message.payload)
-            data = parse_object(payload) if payload.lstrip()[:1] == b"{" else text_object(payload)
-            route = Route(topic, correlation, take_transaction(data))
+            fields = self._fields(payload, properties) if heard else chat_fields(payload, self._limits)
+            route = Route(topic, correlation, fields.transaction)
             key = (topic, correlation, route.transaction, hashlib.sha256(payload).digest())
             if self._is_copy(key, message.dup):
-                log.info("a second copy of a request on %s is dropped", self._topics.request)
+                log.info("a second copy of a request on %s is dropped", message.topic)
                 return
-            call = chat_call(data, self._limits)
-            job = self._service.submit(call.request)
+            head = ReplyHead(f"chatcmpl-{secrets.token_hex(12)}", int(time.time()), self._limits.model)
+            if heard:
+                request, replies = audio_request(fields, self._limits, head, self._sounds)
+            else:
+                request, replies = chat_request(fields, self._limits, head)
+            job = self._service.submit(request)
         except RequestError as error:
             log.info("a request for %s is refused: %s", topic, error)
             self._publish(route, error_object(error))
             return
         worker = threading.Thread(
-            target=self._work, args=(job, call, route, key), name="mqtt-answer", daemon=True
+            target=self._work, args=(job, replies, route, key), name="mqtt-answer", daemon=True
         )
         with self._lock:
             self._workers.add(worker)
@@ -276,6 +301,9 @@ class MqttTransport:
                 self._recent.popitem(last=False)
         worker.start()
 
+    def _fields(self, payload: bytes, properties: Properties | None) -> Fields:
+        return audio_fields(payload, user_properties(properties), self._limits)
+
     def _is_copy(self, key: RequestKey, redelivered: bool) -> bool:
         """A request of which one is running, or (if the broker says so) one that was answered already."""
         named = key[1] is not None or key[2] is not None  # two anonymous requests may well be the same text
@@ -284,9 +312,9 @@ class MqttTransport:
 
     # --- answers: a thread for each request
 
-    def _work(self, job: Job, call: ChatCall, route: Route, key: RequestKey) -> None:
+    def _work(self, job: Job, replies: Replies, route: Route, key: RequestKey) -> None:
         try:
-            self._answer(job, call, route)
+            self._answer(job, replies, route)
         except Exception:
             log.exception("an answer to %s failed", route.topic)
             self._publish(
@@ -298,28 +326,26 @@ class MqttTransport:
                 self._running.discard(key)
                 self._workers.discard(threading.current_thread())
 
-    def _answer(self, job: Job, call: ChatCall, route: Route) -> None:
-        head = ReplyHead(f"chatcmpl-{secrets.token_hex(12)}", int(time.time()), self._limits.model)
-        completion, chunks = Completion(head), ChunkStream(head, call.include_usage)
+    def _answer(self, job: Job, replies: Replies, route: Route) -> None:
         sequence = 0
         for event in job.events():
             if error := failure(event):
-                self._publish(route, error_object(error) | ({"sequence": sequence} if call.stream else {}))
+                numbered = {"sequence": sequence} if replies.stream else {}
+                self._publish(route, error_object(error) | numbered)
                 return
-            if not call.stream:
-                completion.add(event)
-                if isinstance(event, Done):
-                    self._publish(route, completion.result())
-                continue
-            for chunk in chunks.chunks(event):
+            for chunk in replies.chunks(event):
+                if not replies.stream:
+                    continue  # it is in the whole
                 if not self._publish(route, chunk | {"sequence": sequence}):
                     log.warning(
                         "%s: %d answers wait for the broker, this one is given up",
-                        head.id,
+                        route.topic,
                         MAX_QUEUED_REPLIES,
                     )
                     return
                 sequence += 1
+            if isinstance(event, Done) and not replies.stream:
+                self._publish(route, replies.whole())
 
     # --- publishing: any thread
 

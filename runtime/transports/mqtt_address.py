@@ -78,6 +78,14 @@ class Topics:
         return f"{self.base}/{self.node}/response/chat"
 
     @property
+    def request_audio(self) -> str:
+        return f"{self.base}/{self.node}/request/audio"
+
+    @property
+    def response_audio(self) -> str:
+        return f"{self.base}/{self.node}/response/audio"
+
+    @property
     def availability(self) -> str:
         return f"{self.base}/{self.node}/availability"
 

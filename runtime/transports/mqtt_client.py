@@ -18,7 +18,7 @@ from .mqtt_address import BrokerAddress
 
 KEEPALIVE_S = 30
 CONNACK_TIMEOUT_S = 10.0
-MAX_PACKET_BYTES = 4 * 1024 * 1024  # MQTT 5: the broker drops larger ones. The body's own cap is lower.
+ROOM_BYTES = 3 * 1024 * 1024  # between a request's cap and the packets that the broker drops (MQTT 5)
 
 
 class LoopClient(Client):
@@ -62,11 +62,11 @@ def new_client(
     return client
 
 
-def connect(client: Client, broker: BrokerAddress) -> None:
+def connect(client: Client, broker: BrokerAddress, *, max_request_bytes: int) -> None:
     """Send the CONNECT; its answer comes to the client's callbacks. Raises OSError or ValueError."""
     if client.protocol == MQTTProtocolVersion.MQTTv5:
         properties = Properties(PacketTypes.CONNECT)
-        properties.MaximumPacketSize = MAX_PACKET_BYTES
+        properties.MaximumPacketSize = max_request_bytes + ROOM_BYTES
         client.connect(broker.host, broker.port, KEEPALIVE_S, clean_start=True, properties=properties)
     else:
         client.connect(broker.host, broker.port, KEEPALIVE_S)

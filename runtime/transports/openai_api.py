@@ -174,9 +174,9 @@ def take_transaction(data: dict[str, Any]) -> str | int | None:
     )
 
 
-def chat_call(data: dict[str, Any], limits: ApiLimits) -> ChatCall:
-    """A decoded body to a request. Raises ApiError naming the parameter."""
-    body = read_fields(data, Body, REFUSED, IGNORED)
+def chat_call(data: dict[str, Any], limits: ApiLimits, *, strict: bool = True) -> ChatCall:
+    """A decoded body to a request. Raises ApiError naming the parameter. strict: see `read_fields`."""
+    body = read_fields(data, Body, REFUSED, IGNORED, strict=strict)
     check_model(body.model, limits)
     if body.stream_options is not None and not body.stream:
         raise ApiError("`stream_options` needs `stream`: true", "stream_options")

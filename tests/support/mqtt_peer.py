@@ -96,14 +96,17 @@ class Peer:
         reply_to: str | None = None,
         correlation: bytes | None = None,
         retain: bool = False,
+        user: dict[str, str] | None = None,
     ) -> None:
         properties = None
-        if reply_to is not None or correlation is not None:
+        if reply_to is not None or correlation is not None or user:
             properties = Properties(PacketTypes.PUBLISH)
             if reply_to is not None:
                 properties.ResponseTopic = reply_to
             if correlation is not None:
                 properties.CorrelationData = correlation
+            if user:
+                properties.UserProperty = list(user.items())
         raw = payload if isinstance(payload, str | bytes) else json.dumps(payload)
         self._client.publish(topic, raw, qos=1, properties=properties, retain=retain).wait_for_publish(10)
 
