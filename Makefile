@@ -112,7 +112,7 @@ $(READY): pyproject.toml tools/install_torch.sh
 $(READY_DEVICE): pyproject.toml
 	@$(call make_venv)
 	@echo "installing gemma-edge's runtime into $(VENV)"
-	@$(VENV_PYTHON) -m pip --disable-pip-version-check install --quiet --quiet -e ".[http]"
+	@$(VENV_PYTHON) -m pip --disable-pip-version-check install --quiet --quiet -e ".[http,audio]"
 	@touch $@
 	@echo "ready: $(GEMMA_EDGE)"
 
