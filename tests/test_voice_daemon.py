@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from wyoming.client import AsyncClient
 from wyoming.error import Error
 
 from .support.brokers import Mosquitto, mosquitto
-from .support.daemon_process import SERVE, DaemonProcess, daemon_process, request
+from .support.daemon_process import SERVE, DaemonProcess, daemon_process, request, wait_until
 from .support.hearing import clip, hearing_bundle, wav
 from .support.mqtt_peer import body, peer
 from .support.sounds import RATE
@@ -49,6 +47,10 @@ def running(tiny_bundle: Callable[..., Any], tmp_path: Path) -> Iterator[Running
         command += ["--wyoming", f"unix://{tmp_path}/wyoming.sock", "--wyoming", "tcp://127.0.0.1:0"]
         with daemon_process(command, tmp_path / "log") as daemon:
             yield Running(daemon, broker, tmp_path)
+
+
+def state(socket: Path) -> str:
+    return request(socket, "GET", "/health")[2]["state"]
 
 
 async def transcribed(uri: str, before_stop: Callable[[], Any] = lambda: None) -> str:
@@ -83,11 +85,9 @@ def test_every_protocol_gives_the_same_transcript_and_it_stops_well(running: Run
 
     def stop() -> None:
         """SIGTERM while somebody speaks: newcomers are refused, the sentence is finished."""
+        wait_until(lambda: state(running.socket) == "generating")
         running.daemon.terminate()
-        deadline = time.monotonic() + 10
-        while request(running.socket, "GET", "/health")[2]["state"] != "draining":
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_until(lambda: state(running.socket) == "draining")
         status, _, refusal = request(
             running.socket, "POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}
         )
@@ -102,15 +102,16 @@ def test_every_protocol_gives_the_same_transcript_and_it_stops_well(running: Run
 def test_an_unfinished_sentence_does_not_outlive_the_drain(
     tiny_bundle: Callable[..., Any], tmp_path: Path
 ) -> None:
-    command = [*SERVE, str(hearing_bundle(tiny_bundle).path), "--no-http", "--drain-timeout", "0.5"]
-    command += ["--wyoming", f"unix://{tmp_path}/w.sock"]
+    command = [*SERVE, str(hearing_bundle(tiny_bundle).path), "--drain-timeout", "0.5"]
+    socket = tmp_path / "http.sock"
+    command += ["--wyoming", f"unix://{tmp_path}/w.sock", "--socket", str(socket)]
     with daemon_process(command, tmp_path / "log") as daemon:
 
         async def speak() -> dict[str, Any]:
             async with AsyncClient.from_uri(f"unix://{tmp_path}/w.sock", read_timeout=30.0) as client:
                 await client.write_event(AudioChunk(audio=clip(0.5).tobytes(), **FORM).event())
-                await asyncio.sleep(0.3)
-                threading.Timer(0.0, daemon.terminate).start()
+                await asyncio.to_thread(wait_until, lambda: state(socket) == "generating")
+                daemon.terminate()
                 event = await client.read_event()
                 assert event is not None and Error.is_type(event.type)
                 return event.data
