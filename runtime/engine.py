@@ -2,8 +2,9 @@
 
     prompt --chunks--> session.prefill … --> sampler --> token --> session.step --> sampler --> …
 
-A generation starts at position 0 and overwrites what the last one left in the caches: their valid length
-follows from the position, so nothing leaks from one request into the next.
+A generation overwrites what the last one left in the caches: their valid length follows from the position, so
+nothing leaks from one request into the next. It starts at position 0, or, if the engine was opened with
+`reuse`, where the prompt differs from what the caches hold or held (`prefix`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import numpy.typing as npt
 
 from .bundle import Bundle
 from .errors import RequestError
-from .prompt import Chunks, Part
+from .prefix import Reuse, ReuseSettings, open_reuse
+from .prompt import Chunk, Chunks, Part, Start
 from .sampler import Sampler, SamplingParams
 from .session import Session
 from .stats import EngineFinish, GenerationStats
@@ -34,8 +36,14 @@ class CancelSignal(Protocol):
 class Engine:
     """One model, one sequence at a time. Not thread-safe: one thread owns it."""
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
-        """Load the bundle. threads: default what its device profile says, at most the CPUs there are."""
+    def __init__(
+        self, bundle: Bundle, *, threads: int | None = None, reuse: ReuseSettings | None = None
+    ) -> None:
+        """Load the bundle.
+
+        threads: default what its device profile says, at most the CPUs there are.
+        reuse: what is kept of earlier prompts; by default every prompt is run whole.
+        """
         self.context = bundle.manifest.caches.context  # tokens, prompt and answer together
         self.eos = frozenset(bundle.manifest.tokens.eos)
         self.last_stats: GenerationStats | None = None
@@ -45,6 +53,7 @@ class Engine:
         audio = bundle.manifest.audio
         self._placeholder = self._pad if audio is None else audio.tokens.placeholder
         self._session = Session(bundle, threads=threads)
+        self._reuse = open_reuse(bundle, self._session.caches, reuse) if reuse is not None else None
         self._generation = 0
 
     def generate(
@@ -82,15 +91,43 @@ class Engine:
             raise RequestError(
                 "invalid_request", f"max_new_tokens: expected at least 1, got {max_new_tokens}"
             )
+        chunks = self._begin(parts)
+        return self._run(chunks, params or SamplingParams(), max_new_tokens, cancel, self._generation)
+
+    def remember(self, prompt_ids: Sequence[int], name: str) -> None:
+        """Run the beginning of later prompts now, and keep it ready for as long as the engine is there.
+
+        Raises RequestError if it does not fit into the context or the prefix cache.
+        """
+        keys = self._check_prompt(prompt_ids)
+        snapshots = self._reuse.snapshots if self._reuse is not None else None
+        if snapshots is None:
+            raise RequestError("invalid_request", f"{name}: there is no prefix cache to keep it in")
+        self._check_room(len(keys), 1)
+        if snapshots.pin(keys, name):
+            return
+        chunks = self._begin([keys.tolist()])
+        for chunk in chunks:
+            self._prefill(chunk, chunks)
+        snapshots.add(keys, "shared")
+        snapshots.pin(keys, name)
+
+    def close(self) -> None:
+        """Wait until what is kept on disk is there. The engine can go on."""
+        if self._reuse is not None and self._reuse.snapshots is not None:
+            self._reuse.snapshots.close()
+
+    def _begin(self, parts: Iterable[Part]) -> Chunks:
+        """A new generation's prompt."""
         self._generation += 1
-        chunks = Chunks(
+        return Chunks(
             parts,
             size=self._session.chunk,
             pad=self._pad,
             placeholder=self._placeholder,
             hidden=self._hidden_size,
+            resume=_Resume(self, self._generation) if self._reuse is not None else None,
         )
-        return self._run(chunks, params or SamplingParams(), max_new_tokens, cancel, self._generation)
 
     def _check_room(self, length: int, max_new_tokens: int | None) -> int:
         """How many new tokens there may be after a prompt of `length`."""
@@ -120,7 +157,6 @@ class Engine:
         cancel: CancelSignal | None,
         generation: int,
     ) -> Iterator[int]:
-        session = self._session
         finish: EngineFinish = "cancelled"
         new_tokens = decode_steps = 0
         token = -1
@@ -134,7 +170,7 @@ class Engine:
                 self._check_room(chunks.length, max_new_tokens)
                 if cancel is not None and cancel.is_set():
                     return
-                session.prefill(chunk.ids, chunk.position, last=chunk.last, heard=chunk.heard)
+                self._prefill(chunk, chunks)
                 prefill_s += time.perf_counter() - before
             wanted = self._check_room(chunks.length, max_new_tokens)
             sampler = Sampler(params, chunks.ids, self._vocab_size)
@@ -142,10 +178,10 @@ class Engine:
             while True:
                 before = time.perf_counter()
                 if new_tokens:
-                    session.step(token, position)
+                    self._step(token, position)
                     position += 1
                     decode_steps += 1
-                token = sampler.pick(session.logits)
+                token = sampler.pick(self._session.logits)
                 now = time.perf_counter()
                 if decode_steps:
                     decode_s += now - before
@@ -166,9 +202,51 @@ class Engine:
         finally:
             if generation == self._generation:
                 self.last_stats = GenerationStats(
-                    chunks.length, new_tokens, prefill_s, ttft_s, decode_s, decode_steps, finish, complete_s
+                    chunks.length,
+                    new_tokens,
+                    prefill_s,
+                    ttft_s,
+                    decode_s,
+                    decode_steps,
+                    finish,
+                    complete_s,
+                    chunks.reused,
                 )
+                if self._reuse is not None and finish != "cancelled":
+                    self._reuse.finished()
+
+    def _prefill(self, chunk: Chunk, chunks: Chunks) -> None:
+        if self._reuse is not None:
+            self._reuse.running()
+        self._session.prefill(chunk.ids, chunk.position, last=chunk.last, heard=chunk.heard)
+        if self._reuse is not None:
+            self._reuse.ran(chunks.keys[chunk.position : chunk.position + len(chunk.ids)], chunk.position)
+
+    def _step(self, token: int, position: int) -> None:
+        if self._reuse is not None:
+            self._reuse.running()
+        self._session.step(token, position)
+        if self._reuse is not None:
+            self._reuse.ran((token,), position)
 
     def _check_current(self, generation: int) -> None:
         if generation != self._generation:
             raise RuntimeError("another generation was started on this engine; this one cannot go on")
+
+
+class _Resume:
+    """Lets a prompt reuse what the engine has kept, unless another one was begun in the meantime."""
+
+    def __init__(self, engine: Engine, generation: int) -> None:
+        self._engine, self._generation = engine, generation
+
+    def expects(self, keys: Sequence[int]) -> bool:
+        return self._reuse().expects(keys)
+
+    def start(self, keys: Sequence[int]) -> Start:
+        return self._reuse().start(keys)
+
+    def _reuse(self) -> Reuse:
+        self._engine._check_current(self._generation)
+        assert self._engine._reuse is not None
+        return self._engine._reuse

@@ -6,8 +6,10 @@ is prefilled while it is spoken.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -49,35 +51,76 @@ class Chunk:
     last: bool  # whether the prompt ends with it
 
 
+@dataclass(frozen=True)
+class Start:
+    """How a prompt is begun."""
+
+    position: int = 0  # rows that are in the caches already
+    cut: int | None = None  # a chunk ends here
+
+
+class Resume(Protocol):
+    """Who knows what is in the caches already; asked with the keys of a prompt's first rows."""
+
+    def expects(self, keys: Sequence[int]) -> bool:
+        """Whether all of `keys` may be there, and more: then nothing needs to be run yet."""
+
+    def start(self, keys: Sequence[int]) -> Start:
+        """Make ready and say where to begin: after at most len(keys) rows."""
+
+
 class Chunks:
     """Cuts parts into chunks of at most `size` rows, holding one row back until the prompt's end is known.
 
-    `length` is the number of rows so far, `ids` what a repetition penalty sees of them.
+    `length` is the number of rows so far, `ids` what a repetition penalty sees of them, `keys` what tells
+    them apart: a token's id, or a negative number made of a soft token's content.
+
+    With `resume` rows that are in the caches already are left out. What arrives is held while it is what was
+    run before; the first row that differs, the end, or NOW decides.
     """
 
-    def __init__(self, parts: Iterable[Part], *, size: int, pad: int, placeholder: int, hidden: int) -> None:
-        self._parts = parts
+    def __init__(
+        self,
+        parts: Iterable[Part],
+        *,
+        size: int,
+        pad: int,
+        placeholder: int,
+        hidden: int,
+        resume: Resume | None = None,
+    ) -> None:
+        self._parts, self._resume = parts, resume
         self._size, self._pad, self._placeholder, self._hidden = size, pad, placeholder, hidden
-        self._ids: list[int] = []  # waiting: at most one part and a chunk
+        self._ids: list[int] = []  # waiting: at most one part and a chunk, or what a cache holds
         self._soft: list[tuple[int, npt.NDArray[np.float32]]] = []  # (index in _ids, row)
+        self._start: Start | None = None if resume else Start()
         self._done = 0
         self.ids: list[int] = []
+        self.keys: list[int] = []
 
     @property
     def length(self) -> int:
         return len(self.ids)
 
+    @property
+    def reused(self) -> int:
+        """Rows that did not have to be run."""
+        return self._start.position if self._start else 0
+
     def __iter__(self) -> Iterator[Chunk]:
         for part in self._parts:
             if isinstance(part, Now):
-                while len(self._ids) > 1:
-                    yield self._take(min(self._size, len(self._ids) - 1))
+                yield from self._take_until(1)
                 continue
             self._add(part)
-            while len(self._ids) > self._size:
-                yield self._take(self._size)
+            if self._start is None and self._resume is not None and self._resume.expects(self.keys):
+                continue
+            yield from self._take_until(self._size)
         if not self._ids:
             raise RequestError("invalid_request", "the prompt is empty; give at least one token")
+        self._begin()
+        while self._next_size() < len(self._ids):
+            yield self._take(self._next_size())
         yield self._take(len(self._ids), last=True)
 
     def _add(self, part: Sequence[int] | Soft) -> None:
@@ -89,18 +132,47 @@ class Chunks:
             self._soft += [(len(self._ids) + index, row) for index, row in enumerate(part.rows)]
             self._ids += [self._pad] * len(part.rows)
             self.ids += [self._placeholder] * len(part.rows)
+            if self._resume is not None:
+                self.keys += [_soft_key(row) for row in part.rows]
         else:
             self._ids += part
             self.ids += part
+            if self._resume is not None:
+                self.keys += part
+
+    def _take_until(self, left: int) -> Iterator[Chunk]:
+        """Chunks of what waits, until at most `left` rows do."""
+        if len(self._ids) > left:
+            self._begin()
+        while len(self._ids) > left:
+            yield self._take(min(self._next_size(), len(self._ids) - 1))
+
+    def _begin(self) -> None:
+        if self._start is None and self._resume is not None:
+            self._start = self._resume.start(self.keys[:-1])
+            self._leave_out(self._start.position)
+
+    def _next_size(self) -> int:
+        cut = self._start.cut if self._start else None
+        return self._size if cut is None or cut <= self._done else min(self._size, cut - self._done)
 
     def _take(self, count: int, *, last: bool = False) -> Chunk:
-        taken = [(index, row) for index, row in self._soft if index < count]
-        self._soft = [(index - count, row) for index, row in self._soft if index >= count]
-        ids, self._ids = self._ids[:count], self._ids[count:]
-        position, self._done = self._done, self._done + count
         heard = None
-        if taken:
+        if taken := [(index, row) for index, row in self._soft if index < count]:
             heard = Heard(
                 np.asarray([index for index, _ in taken], np.int64), np.stack([row for _, row in taken])
             )
-        return Chunk(np.asarray(ids, np.int64), heard, position, last)
+        chunk = Chunk(np.asarray(self._ids[:count], np.int64), heard, self._done, last)
+        self._leave_out(count)
+        return chunk
+
+    def _leave_out(self, count: int) -> None:
+        self._soft = [(index - count, row) for index, row in self._soft if index >= count]
+        self._ids = self._ids[count:]
+        self._done += count
+
+
+def _soft_key(row: npt.NDArray[np.float32]) -> int:
+    """Below zero, where no token id is: 63 bits of the row's hash."""
+    digest = hashlib.blake2b(row.tobytes(), digest_size=8).digest()
+    return -1 - (int.from_bytes(digest, "little") >> 1)

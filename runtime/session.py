@@ -41,7 +41,7 @@ class Session:
         self.threads = threads or min(manifest.runtime.threads, usable_cpus())
         self.decoder = open_graph(bundle.decoder, self.threads, provider)
         # After open_graph, which says what is missing for CUDA.
-        self.caches = KvCaches(manifest.caches, provider)
+        self.caches = KvCaches(manifest.caches, provider, window=geometry.sliding_window)
         # A gather of a few rows gains nothing from a second pool of threads.
         self.embeddings = open_graph(bundle.embeddings, 1, "cpu")
         _check_inputs(bundle, self.decoder, self.caches)

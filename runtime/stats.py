@@ -23,10 +23,11 @@ class GenerationStats:
     decode_steps: int
     finish: EngineFinish
     complete_s: float = 0.0  # from the start until the prompt was there whole: a live one arrives slowly
+    reused_tokens: int = 0  # of the prompt: in the caches already, or put back into them
 
     @property
     def prefill_tokens_per_s(self) -> float:
-        return self.prompt_tokens / self.prefill_s if self.prefill_s else 0.0
+        return (self.prompt_tokens - self.reused_tokens) / self.prefill_s if self.prefill_s else 0.0
 
     @property
     def decode_tokens_per_s(self) -> float:
@@ -69,8 +70,10 @@ def memory_use() -> MemoryUse:
 
 def describe(stats: GenerationStats) -> str:
     """One line for people: prefill and decode speed, time to first token."""
+    reused = f" (and {stats.reused_tokens} reused)" if stats.reused_tokens else ""
+    run = stats.prompt_tokens - stats.reused_tokens
     return (
-        f"prefill {stats.prompt_tokens} tokens, {stats.prefill_tokens_per_s:.1f} tok/s; "
+        f"prefill {run} tokens{reused}, {stats.prefill_tokens_per_s:.1f} tok/s; "
         f"decode {stats.decode_steps} steps, {stats.decode_tokens_per_s:.1f} tok/s; "
         f"time to first token {stats.ttft_s:.3f} s"
     )
