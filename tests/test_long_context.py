@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -39,7 +37,7 @@ def test_rotary_tables_are_those_of_transformers_to_the_last_bit(head_dim: int):
 
 @pytest.fixture(scope="module")
 def far(tmp_path_factory: pytest.TempPathFactory) -> tuple[GraphRunner, np.ndarray, list[int]]:
-    """(graphs with PAST tokens in their caches, transformers' logits for the 80 tokens that follow, their ids)"""
+    """(graphs with PAST tokens in their caches, transformers' logits for 80 more tokens, their ids)"""
     shape = dict(
         num_hidden_layers=6,
         layer_types=[S, S, F, S, S, F],
@@ -81,7 +79,7 @@ def made_up_past(model: Gemma4ForCausalLM) -> dict[int, tuple[torch.Tensor, torc
 
 
 def fill(graphs: GraphRunner, past: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Put `past` where the graph expects it: a window-sized cache holds the last L(T) tokens, from row 0 on."""
+    """Put `past` where the graph expects it: a window-sized cache has the last L(T) tokens, from row 0 on."""
     graphs.reset()
     graphs.tokens = PAST
     window = graphs.bundle.manifest.geometry.sliding_window

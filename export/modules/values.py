@@ -1,7 +1,7 @@
 """The values of the decoder's constants: rotary tables and the scales of an int8 cache.
 
-Rotary tables are made with torch, step by step as transformers makes them: a position multiplies the last bit of a
-frequency, and another library's power function moves angles by 0.015 at position 131,000.
+Rotary tables are made with torch, step by step as transformers makes them: a position multiplies the last bit
+of a frequency, and another library's power function moves angles by 0.015 at position 131,000.
 """
 
 from __future__ import annotations
