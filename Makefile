@@ -42,6 +42,9 @@ own_model = $(if $(filter nano,$(OWN_MODEL)),models/nano,"$$OWN_MODEL")
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
+# The benchmarks that take a bundle.
+BUNDLE_BENCHES := $(sort $(shell grep -l 'add_argument("bundle"' bench/*.py))
+
 .PHONY: help setup setup-device export ask serve demo test test-slow bench lint clean distclean
 
 help: ## this list
@@ -82,7 +85,7 @@ test-slow: $(READY) ## the tests that take minutes or a full-size model
 	@$(VENV_PYTHON) -m pytest -m slow
 
 bench: $(if $(BUNDLE),$(READY),$(NEEDS)) ## speed of a bundle and of the daemon (BUNDLE= or DEVICE= MODEL= RECIPE= CONTEXT=)
-	@set -e; for script in bench/decode.py bench/serve.py; do \
+	@set -e; for script in $(BUNDLE_BENCHES); do \
 		echo "== $$script"; $(VENV_PYTHON) "$$script" "$$USED_BUNDLE"; done
 	@echo "full-size export, which needs 13 GB of disk: $(VENV_PYTHON) bench/export.py --model e2b"
 

@@ -12,6 +12,7 @@ import re
 import zlib
 from typing import Any
 
+from ...runtime.transcribe import INSTRUCTION
 from ..sensor_summary.window import render_window
 from .commands import ACTIONS, random_commands, random_sentence
 from .windows import random_question, speakable_window
@@ -22,10 +23,9 @@ Messages = list[dict[str, Any]]
 # How often each kind comes; the rest: questions about a window.
 TRANSCRIPTS, COMMANDS = 0.5, 0.38
 
-# What Google's model cards ask of Gemma's larger kin, and shorter ways to say it.
+# What the daemon asks, and shorter ways to say it.
 TRANSCRIBE = (
-    "Transcribe the following speech segment in English into English text. "
-    "Only output the transcription, with no newlines.",
+    INSTRUCTION.format(language="English"),
     "Transcribe this.",
     "Transcribe the speech.",
     "What did I say?",
