@@ -1,22 +1,25 @@
 """A prompt in, token ids out: chunked prefill, the decode loop, stop ids, cancellation; knows no text.
 
-    prompt --chunks--> session.prefill … --> sampler --> token --> session.step --> sampler --> …
+    prompt --chunks--> session.prefill … --> sampler --> token, guesses --> session.step --> sampler --> …
 
 A generation overwrites what the last one left in the caches: their valid length follows from the position, so
 nothing leaks from one request into the next. It starts at position 0, or, if the engine was opened with
-`reuse`, where the prompt differs from what the caches hold or held (`prefix`).
+`reuse`, where the prompt differs from what the caches hold or held (`prefix`). A step runs one token, or, if it
+was opened with `speculate`, guesses at the next ones with it (`drafts`).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from .bundle import Bundle
+from .bundle import Bundle, Manifest
+from .drafts import MOST_DRAFT, Lookup, Pace
 from .errors import RequestError
 from .prefix import Reuse, ReuseSettings, open_reuse
 from .prompt import Chunk, Chunks, Part, Start
@@ -37,12 +40,19 @@ class Engine:
     """One model, one sequence at a time. Not thread-safe: one thread owns it."""
 
     def __init__(
-        self, bundle: Bundle, *, threads: int | None = None, reuse: ReuseSettings | None = None
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        reuse: ReuseSettings | None = None,
+        speculate: int = 0,
     ) -> None:
         """Load the bundle.
 
         threads: default what its device profile says, at most the CPUs there are.
         reuse: what is kept of earlier prompts; by default every prompt is run whole.
+        speculate: the most guesses at tokens that a step runs. Fewer if the bundle's sliding caches have less
+        slack, none if they have none; and only as many as have paid off.
         """
         self.context = bundle.manifest.caches.context  # tokens, prompt and answer together
         self.eos = frozenset(bundle.manifest.tokens.eos)
@@ -52,7 +62,9 @@ class Engine:
         self._pad = bundle.manifest.tokens.pad
         audio = bundle.manifest.audio
         self._placeholder = self._pad if audio is None else audio.tokens.placeholder
-        self._session = Session(bundle, threads=threads)
+        guesses = min(speculate, MOST_DRAFT, longest_draft(bundle.manifest))
+        self._session = Session(bundle, threads=threads, longest_draft=guesses)
+        self._pace = Pace(guesses) if guesses else None
         self._reuse = open_reuse(bundle, self._session.caches, reuse) if reuse is not None else None
         self._generation = 0
 
@@ -157,62 +169,44 @@ class Engine:
         cancel: CancelSignal | None,
         generation: int,
     ) -> Iterator[int]:
-        finish: EngineFinish = "cancelled"
-        new_tokens = decode_steps = 0
-        token = -1
-        prefill_s = complete_s = ttft_s = decode_s = 0.0
+        tally = _Tally()
         start = time.perf_counter()
         try:
             for chunk in chunks:
                 before = time.perf_counter()
-                complete_s = before - start
+                tally.complete_s = before - start
                 self._check_current(generation)
                 self._check_room(chunks.length, max_new_tokens)
                 if cancel is not None and cancel.is_set():
                     return
                 self._prefill(chunk, chunks)
-                prefill_s += time.perf_counter() - before
+                tally.prefill_s += time.perf_counter() - before
             wanted = self._check_room(chunks.length, max_new_tokens)
             sampler = Sampler(params, chunks.ids, self._vocab_size)
-            position = chunks.length
+            picked = [sampler.pick(self._session.logits)]
+            tally.ttft_s = time.perf_counter() - start
+            lookup = Lookup(chunks.ids) if self._pace is not None else None
+            position = chunks.length  # of the last token picked, which has not been run
             while True:
-                before = time.perf_counter()
-                if new_tokens:
-                    self._step(token, position)
-                    position += 1
-                    decode_steps += 1
-                token = sampler.pick(self._session.logits)
-                now = time.perf_counter()
-                if decode_steps:
-                    decode_s += now - before
-                else:
-                    ttft_s = now - start
-                if token in self.eos:
-                    finish = "stop"
-                    return
-                new_tokens += 1
-                if new_tokens == wanted:
-                    finish = "length"
-                yield token
-                if new_tokens == wanted:
-                    return
-                self._check_current(generation)
-                if cancel is not None and cancel.is_set():
-                    return
+                for token in picked:
+                    if token in self.eos:
+                        tally.finish = "stop"
+                        return
+                    tally.new_tokens += 1
+                    if tally.new_tokens == wanted:
+                        tally.finish = "length"
+                    yield token
+                    if tally.new_tokens == wanted:
+                        return
+                    self._check_current(generation)
+                    if cancel is not None and cancel.is_set():
+                        return
+                picked = self._step(picked, position, sampler, lookup, wanted - tally.new_tokens - 1, tally)
+                position += len(picked)
         finally:
             if generation == self._generation:
-                self.last_stats = GenerationStats(
-                    chunks.length,
-                    new_tokens,
-                    prefill_s,
-                    ttft_s,
-                    decode_s,
-                    decode_steps,
-                    finish,
-                    complete_s,
-                    chunks.reused,
-                )
-                if self._reuse is not None and finish != "cancelled":
+                self.last_stats = tally.stats(chunks)
+                if self._reuse is not None and tally.finish != "cancelled":
                     self._reuse.finished()
 
     def _prefill(self, chunk: Chunk, chunks: Chunks) -> None:
@@ -222,16 +216,97 @@ class Engine:
         if self._reuse is not None:
             self._reuse.ran(chunks.keys[chunk.position : chunk.position + len(chunk.ids)], chunk.position)
 
-    def _step(self, token: int, position: int) -> None:
+    def _step(
+        self,
+        last: Sequence[int],
+        position: int,
+        sampler: Sampler,
+        lookup: Lookup | None,
+        most: int,
+        tally: _Tally,
+    ) -> list[int]:
+        """Run the last of the tokens picked `last`, and up to `most` guesses; what is picked after them.
+
+        The sampler picks at each row as it would without guesses, and the first pick that is not the guess
+        run after it is the last that counts.
+        """
+        before = time.perf_counter()
+        match, draft = self._guess(last, position, lookup, most)
+        token = last[-1]
         if self._reuse is not None:
             self._reuse.running()
-        self._session.step(token, position)
+        self._session.step(token, position, draft)
+        picked = [sampler.pick(self._session.logits)]
+        for right, guess in enumerate(draft, 1):
+            if picked[-1] != guess:
+                break
+            picked.append(sampler.pick(self._session.logits_after(right)))
         if self._reuse is not None:
-            self._reuse.ran((token,), position)
+            self._reuse.ran([token, *picked[:-1]], position)
+        spent = time.perf_counter() - before
+        if self._pace is not None:
+            self._pace.learn(match, len(draft), len(picked) - 1, spent)
+        tally.decode_s += spent
+        tally.decode_steps += 1
+        tally.drafted += len(draft)
+        tally.accepted += len(picked) - 1
+        return picked
+
+    def _guess(
+        self, last: Sequence[int], position: int, lookup: Lookup | None, most: int
+    ) -> tuple[int, Sequence[int]]:
+        """(length of the match, guesses): no more than are worth it and can be taken back."""
+        if lookup is None or self._pace is None:
+            return 0, ()
+        lookup.extend(last)
+        match, place = lookup.find()
+        most = min(most, self._session.caches.ahead(position + 1)) if match else 0
+        count = self._pace.choose(match, most)
+        draft = lookup.after(place, count)
+        # Behind a token that ends the answer nothing is picked.
+        ends = [at for at, guess in enumerate(draft) if guess in self.eos]
+        return match, draft[: ends[0]] if ends else draft
 
     def _check_current(self, generation: int) -> None:
         if generation != self._generation:
             raise RuntimeError("another generation was started on this engine; this one cannot go on")
+
+
+def longest_draft(manifest: Manifest) -> int:
+    """How many guesses can be taken back wherever they fall: the slack of the sliding caches."""
+    window = manifest.geometry.sliding_window
+    sliding = [layer.capacity for layer in manifest.caches.layers if layer.layer_type == "sliding_attention"]
+    return min(sliding) - window if sliding else MOST_DRAFT
+
+
+@dataclass
+class _Tally:
+    """What GenerationStats is made of."""
+
+    prefill_s: float = 0.0
+    complete_s: float = 0.0
+    ttft_s: float = 0.0
+    decode_s: float = 0.0
+    decode_steps: int = 0
+    new_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    finish: EngineFinish = "cancelled"
+
+    def stats(self, chunks: Chunks) -> GenerationStats:
+        return GenerationStats(
+            chunks.length,
+            self.new_tokens,
+            self.prefill_s,
+            self.ttft_s,
+            self.decode_s,
+            self.decode_steps,
+            self.finish,
+            self.complete_s,
+            chunks.reused,
+            self.drafted,
+            self.accepted,
+        )
 
 
 class _Resume:

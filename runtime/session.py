@@ -8,7 +8,7 @@ step rebinds one input only: the attention mask, a longer view of one array of o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ _KEEP = "logits_to_keep"
 class Session:
     """One sequence's model state: positions are the caller's, caches and buffers are here."""
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int | None = None, longest_draft: int = 0) -> None:
+        """longest_draft: guesses that one `step` may run after its token."""
         manifest = bundle.manifest
         geometry = manifest.geometry
         provider = manifest.runtime.execution_provider
@@ -46,21 +47,22 @@ class Session:
         self.embeddings = open_graph(bundle.embeddings, 1, "cpu")
         _check_inputs(bundle, self.decoder, self.caches)
 
-        context, chunk = manifest.caches.context, self.chunk
-        self._ids = np.zeros((1, chunk), np.int64)
-        # inputs_embeds (1, chunk, hidden), per_layer_inputs (1, chunk, layers * width) if the model has them
+        context, chunk, kept = manifest.caches.context, self.chunk, 1 + longest_draft
+        most = max(chunk, kept)  # rows of a run
+        self._ids = np.zeros((1, most), np.int64)
+        # inputs_embeds (1, most, hidden), per_layer_inputs (1, most, layers * width) if the model has them
         self._embedded = {
-            value.name: np.zeros((1, chunk, value.shape[2]), _TYPES[value.type])
+            value.name: np.zeros((1, most, value.shape[2]), _TYPES[value.type])
             for value in self.embeddings.get_outputs()
         }
-        self._positions = np.zeros((1, chunk), np.int64)
+        self._positions = np.zeros((1, most), np.int64)
         self._ones = np.ones((1, context), np.int64)  # the mask: a view of it, as long as the sequence
-        self._keep = {rows: np.full((1,), rows, np.int64) for rows in (0, 1)}
+        self._keep = [np.full((1,), rows, np.int64) for rows in range(kept + 1)]
         logits = next(value for value in self.decoder.get_outputs() if value.name == "logits")
-        self._logits = np.zeros((1, 1, geometry.vocab_size), _TYPES[logits.type])
+        self._logits = np.zeros((1, kept, geometry.vocab_size), _TYPES[logits.type])
 
-        self._embed_step = self._bind_embeddings(1)
-        self._decode_step = self._bind_decoder(1, keep=1)
+        self._steps: dict[int, tuple[ort.IOBinding, ort.IOBinding]] = {}  # by rows, made when first needed
+        self._chunk_rows = chunk
         self._embed_chunk = self._bind_embeddings(chunk)
         self._decode_chunk = {keep: self._bind_decoder(chunk, keep) for keep in (0, 1)}
         self._shrink = ort.RunOptions()
@@ -68,8 +70,15 @@ class Session:
 
     @property
     def logits(self) -> npt.NDArray[np.floating]:
-        """Logits of the last position run, (vocab,): a view that the next run overwrites."""
+        """Logits of the last position of a prefill or of a step's token, (vocab,).
+
+        A view that the next run overwrites.
+        """
         return self._logits[0, 0]
+
+    def logits_after(self, guesses: int) -> npt.NDArray[np.floating]:
+        """Logits after so many guesses of the last step, (vocab,): a view as `logits`."""
+        return self._logits[0, guesses]
 
     def prefill(
         self, ids: npt.NDArray[np.int64], position: int, *, last: bool, heard: Heard | None = None
@@ -92,13 +101,23 @@ class Session:
             # The last piece gives the arena's memory for wide activations back: decoding needs little.
             self.decoder.run_with_iobinding(decode, self._shrink if ends and rows > 1 else None)
 
-    def step(self, token: int, position: int) -> None:
-        """Run one id at `position` and set `logits`."""
+    def step(self, token: int, position: int, draft: Sequence[int] = ()) -> None:
+        """Run one id at `position`, and guesses at the ids after it; sets the logits after each.
+
+        Guesses are taken back by going on at an earlier position: `caches.ahead` says how many may be.
+        """
+        rows = 1 + len(draft)
         self._ids[0, 0] = token
         self._positions[0, 0] = position
-        self._bind_mask(self._decode_step, position + 1)
-        self.embeddings.run_with_iobinding(self._embed_step)
-        self.decoder.run_with_iobinding(self._decode_step)
+        if draft:
+            self._ids[0, 1:rows] = draft
+            self._positions[0, 1:rows] = np.arange(position + 1, position + rows)
+        if rows not in self._steps:
+            self._steps[rows] = self._bind_embeddings(rows), self._bind_decoder(rows, keep=rows)
+        embed, decode = self._steps[rows]
+        self._bind_mask(decode, position + rows)
+        self.embeddings.run_with_iobinding(embed)
+        self.decoder.run_with_iobinding(decode)
 
     def _pieces(self, rows: int, position: int) -> Iterable[tuple[int, int]]:
         """Rows of a chunk that the decoder takes at a time: (first, count). CUDA holds no scores."""
@@ -108,10 +127,10 @@ class Session:
 
     def _embeddings_for(self, rows: int) -> ort.IOBinding:
         """Only whole chunks come often: the binding of a ragged one is made anew."""
-        return self._embed_chunk if rows == self._ids.shape[1] else self._bind_embeddings(rows)
+        return self._embed_chunk if rows == self._chunk_rows else self._bind_embeddings(rows)
 
     def _decoder_for(self, first: int, count: int, *, keep: int) -> ort.IOBinding:
-        if count == self._ids.shape[1]:
+        if count == self._chunk_rows:
             return self._decode_chunk[keep]
         return self._bind_decoder(count, keep, first)
 
@@ -131,7 +150,7 @@ class Session:
         _bind_input(binding, _KEEP, self._keep[keep], (1,))
         self.caches.bind(binding)
         if keep:
-            shape = self._logits.shape  # (1, 1, vocab)
+            shape = (1, keep, self._logits.shape[2])
             binding.bind_output("logits", "cpu", 0, self._logits.dtype, shape, self._logits.ctypes.data)
         else:
             binding.bind_output("logits", "cpu")  # (1, 0, vocab): nothing to keep

@@ -20,10 +20,13 @@ class GenerationStats:
     prefill_s: float  # running the prompt
     ttft_s: float  # from the start until the first token was chosen; 0.0 when none was
     decode_s: float  # all decode steps together
-    decode_steps: int
+    decode_steps: int  # passes over the model, each for one token and its right guesses
     finish: EngineFinish
     complete_s: float = 0.0  # from the start until the prompt was there whole: a live one arrives slowly
     reused_tokens: int = 0  # of the prompt: in the caches already, or put back into them
+
+    drafted: int = 0  # guesses at tokens that were tried …
+    accepted: int = 0  # … and were right
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -31,7 +34,7 @@ class GenerationStats:
 
     @property
     def decode_tokens_per_s(self) -> float:
-        return self.decode_steps / self.decode_s if self.decode_s else 0.0
+        return (self.decode_steps + self.accepted) / self.decode_s if self.decode_s else 0.0
 
 
 @dataclass(frozen=True)
@@ -71,9 +74,10 @@ def memory_use() -> MemoryUse:
 def describe(stats: GenerationStats) -> str:
     """One line for people: prefill and decode speed, time to first token."""
     reused = f" (and {stats.reused_tokens} reused)" if stats.reused_tokens else ""
+    guessed = f" ({stats.accepted} of {stats.drafted} guesses right)" if stats.drafted else ""
     run = stats.prompt_tokens - stats.reused_tokens
     return (
         f"prefill {run} tokens{reused}, {stats.prefill_tokens_per_s:.1f} tok/s; "
-        f"decode {stats.decode_steps} steps, {stats.decode_tokens_per_s:.1f} tok/s; "
+        f"decode {stats.decode_steps} steps{guessed}, {stats.decode_tokens_per_s:.1f} tok/s; "
         f"time to first token {stats.ttft_s:.3f} s"
     )
