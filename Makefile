@@ -42,8 +42,9 @@ own_model = $(if $(filter nano,$(OWN_MODEL)),models/nano,"$$OWN_MODEL")
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
+
 # The benchmarks that take a bundle.
-BUNDLE_BENCHES := $(sort $(shell grep -l 'add_argument("bundle"' bench/*.py))
+BUNDLE_BENCHES := $(sort $(shell grep -l 'add_argument."bundle"' bench/*.py))
 
 .PHONY: help setup setup-device export ask serve demo test test-slow bench lint clean distclean
 
