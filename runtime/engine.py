@@ -4,8 +4,8 @@
 
 A generation overwrites what the last one left in the caches: their valid length follows from the position, so
 nothing leaks from one request into the next. It starts at position 0, or, if the engine was opened with
-`reuse`, where the prompt differs from what the caches hold or held (`prefix`). A step runs one token, or, if it
-was opened with `speculate`, guesses at the next ones with it (`drafts`).
+`reuse`, where the prompt differs from what the caches hold or held (`prefix`). A step runs one token and, if
+the engine was opened with `speculate`, guesses at those that follow (`drafts`).
 """
 
 from __future__ import annotations

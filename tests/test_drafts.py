@@ -1,0 +1,295 @@
+"""Guessed tokens: caches and logits as token by token whatever was right, the same answers, bounded cost."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gemma_edge.runtime import drafts
+from gemma_edge.runtime.drafts import LONGEST_MATCH, MOST_PLACES, Lookup, Pace
+from gemma_edge.runtime.engine import Engine
+from gemma_edge.runtime.sampler import SamplingParams
+from gemma_edge.runtime.session import Session
+
+from .support.tiny_bundles import TinyBundle
+
+WINDOW, CHUNK, CONTEXT = 8, 16, 192
+
+
+def ids_of(length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(23, 500, length).tolist()
+
+
+# What the session runs and takes back.
+
+
+@pytest.mark.parametrize("device", [{}, dict(slack=1, kv="float16"), dict(slack=13, kv="int8")], ids=str)
+def test_whatever_is_taken_back_nothing_is_left_of_it(tiny_bundle, device: dict):
+    """Drafts of all lengths that can be taken back, right up to any point, against one token at a time."""
+    tiny: TinyBundle = tiny_bundle(context=CONTEXT, chunk=CHUNK, **device)
+    session = Session(tiny.bundle, threads=1, longest_draft=15)
+    ids = ids_of(CONTEXT, seed=6)
+    session.prefill(np.asarray(ids[:5]), 0, last=True)
+    plain = [session.logits.copy()]
+    states = {}
+    for position in range(5, CONTEXT):
+        session.step(ids[position], position)
+        plain.append(session.logits.copy())
+        states[position + 1] = session.caches.copy(position + 1)
+    bound = 2e-3 if not device else 0.3  # rounded caches: a last bit may differ
+    for seed in range(4):
+        drawn = random.Random(seed)
+        session.prefill(np.asarray(ids[:5]), 0, last=True)
+        position, lengths = 5, set()
+        while position < CONTEXT:
+            most = min(session.caches.ahead(position + 1), 15)
+            count = drawn.randint(0, most)
+            right = drawn.randint(0, count)
+            draft = ids[position + 1 : position + 1 + right] + ids_of(count - right, seed=position)
+            session.step(ids[position], position, draft)
+            for row in range(right + 1):
+                off = np.abs(session.logits_after(row) - plain[position - 4 + row]).max()
+                assert off < bound, f"position {position}, row {row} of {count + 1}: {off}"
+            position += right + 1
+            lengths.add(count)
+            for name, rows in session.caches.copy(position).items():
+                assert rows.shape == states[position][name].shape
+                wide = states[position][name].astype(np.float32)
+                assert np.abs(rows.astype(np.float32) - wide).max() <= (1e-3 if not device else 2), name
+        assert max(lengths) >= min(device.get("slack", 4), 9)
+
+
+# Answers.
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_bundle) -> TinyBundle:
+    return tiny_bundle(context=CONTEXT, chunk=CHUNK)
+
+
+@pytest.fixture(scope="module")
+def engines(tiny: TinyBundle) -> tuple[Engine, Engine]:
+    """One token at a time; with guesses."""
+    plain, guessing = Engine(tiny.bundle), Engine(tiny.bundle, speculate=8)
+    plain.eos = guessing.eos = frozenset()
+    return plain, guessing
+
+
+def oracle(engine: Engine, monkeypatch: pytest.MonkeyPatch, whole: Sequence[int], seed: int) -> None:
+    """Make the engine guess from `whole`, the prompt and its answer, wrong now and then, as far as it may."""
+    drawn = random.Random(seed)
+
+    def guess(last, position: int, lookup, most: int):
+        most = min(most, engine._session.caches.ahead(position + 1), 4)
+        draft = list(whole[position + 1 : position + 1 + drawn.randint(0, max(most, 0))])
+        if draft and drawn.random() < 0.5:
+            draft[drawn.randrange(len(draft))] = 7
+        return 2, draft
+
+    monkeypatch.setattr(engine, "_guess", guess)
+
+
+PARAMS = [
+    SamplingParams(),
+    SamplingParams(repetition_penalty=1.3),
+    SamplingParams(temperature=0.7, top_k=40, top_p=0.9, seed=3),
+    SamplingParams(temperature=1.2, min_p=0.02, repetition_penalty=1.1, seed=4),
+]
+
+
+@pytest.mark.parametrize("params", PARAMS, ids=["greedy", "penalty", "drawn", "drawn, penalty"])
+@pytest.mark.parametrize("length", [3, 30, 100])
+def test_answers_are_those_of_one_token_at_a_time(engines, params, length: int, monkeypatch):
+    """Drawn ones as well: each token takes one draw, whether it was guessed or not."""
+    plain, guessing = engines
+    prompt = ids_of(length, seed=length)
+    answer = list(plain.generate(prompt, params, max_new_tokens=60))
+    oracle(guessing, monkeypatch, prompt + answer, seed=length)
+    assert list(guessing.generate(prompt, params, max_new_tokens=60)) == answer
+    stats = guessing.last_stats
+    assert 10 < stats.accepted < stats.drafted
+    assert stats.decode_steps + stats.accepted == stats.new_tokens - 1 == 59
+    assert stats.finish == "length"
+
+
+def test_a_stop_id_ends_the_answer_inside_a_pass(engines, monkeypatch: pytest.MonkeyPatch):
+    plain, guessing = engines
+    prompt = ids_of(20, seed=1)
+    answer = list(plain.generate(prompt, max_new_tokens=40))
+    for at in range(3, 12):
+        oracle(guessing, monkeypatch, prompt + answer, seed=at)
+        monkeypatch.setattr(guessing, "eos", frozenset({answer[at]}))
+        assert list(guessing.generate(prompt, max_new_tokens=40)) == answer[: answer.index(answer[at])]
+        assert guessing.last_stats.finish == "stop"
+
+
+def test_no_guess_goes_beyond_the_wanted_or_the_context(engines, monkeypatch: pytest.MonkeyPatch):
+    plain, guessing = engines
+    for prompt_length, wanted in ((20, 1), (20, 2), (20, 5), (CONTEXT - 12, None), (CONTEXT - 1, None)):
+        prompt = ids_of(prompt_length, seed=2)
+        answer = list(plain.generate(prompt, max_new_tokens=wanted))
+        oracle(guessing, monkeypatch, [*prompt, *answer, *ids_of(20)], seed=5)
+        assert list(guessing.generate(prompt, max_new_tokens=wanted)) == answer
+        assert guessing.last_stats.new_tokens == (wanted or CONTEXT - prompt_length)
+
+
+def test_repetition_is_found_and_used(engines, monkeypatch: pytest.MonkeyPatch):
+    """The lookup itself: an answer that the model is made to give holds what stood in the prompt."""
+    _, guessing = engines
+    phrase = ids_of(30, seed=3)
+    prompt = [*ids_of(20, seed=4), *phrase, *ids_of(20, seed=5), *phrase[:4]]
+    wanted = iter([])
+
+    class Copying:
+        def __init__(self, *args) -> None:
+            pass
+
+        def pick(self, logits) -> int:
+            return next(wanted)
+
+    monkeypatch.setattr("gemma_edge.runtime.engine.Sampler", Copying)
+    monkeypatch.setattr(Pace, "choose", lambda pace, match, most: most if match else 0)
+    wanted = iter([*phrase[4:], 3, 4])
+    tokens = guessing.generate(prompt, max_new_tokens=27)
+    assert [next(tokens) for _ in range(26)] == phrase[4:]
+    tokens.close()
+    assert guessing.last_stats.accepted >= 18
+
+
+def test_no_slack_no_guesses(tiny_bundle):
+    tiny = tiny_bundle(context=CONTEXT, chunk=CHUNK, slack=0)
+    engine = Engine(tiny.bundle, speculate=8)
+    assert engine._pace is None
+    list(engine.generate(ids_of(20), max_new_tokens=10))
+    assert engine.last_stats.drafted == 0
+
+
+def test_the_slack_is_the_longest_draft(tiny: TinyBundle):
+    assert Engine(tiny.bundle, speculate=8)._pace.longest == 4
+    assert Engine(tiny.bundle, speculate=2)._pace.longest == 2
+
+
+# Where the last tokens stood before.
+
+
+def longest_match(ids: Sequence[int]) -> tuple[int, int]:
+    best = (0, 0)
+    places = [at for at in range(1, len(ids) - 1) if ids[at - 1 : at + 1] == ids[-2:]]
+    for place in reversed(places[-MOST_PLACES:]):
+        length = 2
+        while length <= place and length < LONGEST_MATCH and ids[place - length] == ids[-1 - length]:
+            length += 1
+        if length > best[0]:
+            best = (length, place + 1)
+    return best
+
+
+@given(st.lists(st.integers(0, 3), max_size=120), st.lists(st.integers(0, 3), max_size=40))
+@settings(max_examples=300, deadline=None)
+def test_the_longest_match_is_found_while_the_answer_grows(prompt: list[int], answer: list[int]):
+    lookup = Lookup(prompt)
+    ids = list(prompt)
+    assert lookup.find() == longest_match(ids)
+    for token in answer:
+        lookup.extend([token])
+        ids.append(token)
+        match, place = lookup.find()
+        assert (match, place) == longest_match(ids)
+        if match:
+            going_on = list(ids)
+            for _ in range(6):
+                going_on.append(going_on[place + len(going_on) - len(ids)])
+            assert lookup.after(place, 6) == going_on[len(ids) :]
+
+
+# What guessing costs.
+
+World = Callable[[int], float]  # seconds of a pass by rows
+
+
+def play(pace: Pace, tokens: int, seconds: World, rate: Callable[[int], float], seed: int = 0):
+    """(seconds spent, passes) for so many tokens, every one of which has a match."""
+    drawn = random.Random(seed)
+    spent, made, passes = 0.0, 0, 0
+    while made < tokens:
+        match = drawn.choice([2, 3, 5, 8, 20])
+        count = pace.choose(match, min(pace.longest, drawn.randint(0, 20)))
+        right = 0
+        while right < count and drawn.random() < rate(made + right):
+            right += 1
+        took = seconds(count + 1) * drawn.uniform(0.95, 1.05)
+        pace.learn(match, count, right, took)
+        spent += took
+        made += right + 1
+        passes += 1
+    return spent, passes
+
+
+def bound_by_memory(rows: int) -> float:
+    return 0.1 + 0.006 * (rows - 1)
+
+
+def bound_by_arithmetic(rows: int) -> float:
+    return 0.1 * rows
+
+
+def bad_at_two(rows: int) -> float:
+    """A machine whose passes of few rows are far slower than of one."""
+    return 0.1 if rows == 1 else 0.4 + 0.001 * rows
+
+
+@pytest.mark.parametrize("seconds", [bound_by_memory, bound_by_arithmetic, bad_at_two])
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.3])
+def test_wrong_guesses_cost_three_in_a_hundred_at_most(seconds: World, rate: float):
+    for longest in (1, 4, 8, 15):
+        pace = Pace(longest)
+        tokens = 600
+        spent, _ = play(pace, tokens, seconds, lambda at: rate)
+        plain = tokens * seconds(1)
+        # And one pass of the longest draft, which is lost before anything is known.
+        assert spent <= plain * 1.03 + 1.05 * (seconds(longest + 1) - seconds(1)) + 0.01 * plain
+
+
+def test_right_guesses_pay():
+    pace = Pace(8)
+    spent, passes = play(pace, 600, bound_by_memory, lambda at: 0.9)
+    assert spent < 0.35 * 600 * bound_by_memory(1)
+    assert passes < 240
+
+
+def test_a_change_is_noticed_both_ways():
+    pace = Pace(8)
+    plain = 600 * bound_by_memory(1)
+    play(pace, 600, bound_by_memory, lambda at: 0.0)
+    spent, _ = play(pace, 600, bound_by_memory, lambda at: 0.9)
+    assert spent < 0.5 * plain
+    spent, _ = play(pace, 600, bound_by_memory, lambda at: 0.0)
+    assert spent < 1.04 * plain
+    # A machine on which guesses stop paying: each number of rows has to be timed again.
+    play(pace, 600, bound_by_memory, lambda at: 0.9)
+    spent, _ = play(pace, 600, bound_by_arithmetic, lambda at: 0.5)
+    assert spent < 1.1 * 600 * bound_by_arithmetic(1)
+    spent, _ = play(pace, 600, bound_by_arithmetic, lambda at: 0.5)
+    assert spent < 1.04 * 600 * bound_by_arithmetic(1)
+
+
+def test_an_interrupted_pass_is_not_held_against_guessing():
+    pace = Pace(8)
+    play(pace, 300, bound_by_memory, lambda at: 0.9)
+    pace.learn(5, 6, 6, 60.0)
+    spent, _ = play(pace, 600, bound_by_memory, lambda at: 0.9)
+    assert spent < 0.45 * 600 * bound_by_memory(1)
+
+
+def test_nothing_is_guessed_before_one_token_was_timed():
+    pace = Pace(8)
+    assert pace.choose(5, 8) == 0
+    pace.learn(0, 0, 0, 0.1)
+    assert pace.choose(5, 8) > 0
+    assert pace.choose(0, 8) == pace.choose(5, 0) == 0
+    assert drafts.MOST_DRAFT == 15
