@@ -47,13 +47,16 @@ class Conversation:
 
     def fit(self, current: Exchange, limit: int) -> list[Message] | None:
         """The messages up to `current` in at most `limit` tokens; None if it alone is too much."""
+        kept = list(self._turns)
         while True:
             messages = [*self.head]
-            for exchange in (*self._turns, current):
+            for exchange in (*kept, current):
                 messages += exchange.messages()
-            sounds = sum(exchange.sounds for exchange in (*self._turns, current))
+            sounds = sum(exchange.sounds for exchange in (*kept, current))
             if sounds <= MAX_SOUNDS and self._count(messages, self.tools) <= limit:
+                while len(self._turns) > len(kept):
+                    self._turns.popleft()
                 return messages
-            if not self._turns:
+            if not kept:
                 return None
-            self._turns.popleft()
+            kept.pop(0)
