@@ -36,8 +36,8 @@ class Limits:
 FLOAT = Limits("float", kl_mean=1e-6, near_tie=1e-3, disagreement=0.0, perplexity=1e-4, engine=1e-4)
 HALF = Limits("16-bit", kl_mean=1e-3, near_tie=0.1, disagreement=0.002, perplexity=0.005, engine=0.01)
 EIGHT = Limits("8-bit", kl_mean=0.01, near_tie=0.25, disagreement=0.005, perplexity=0.02, engine=0.1)
-FOUR = Limits("4-bit", kl_mean=0.1, near_tie=0.5, disagreement=0.05, perplexity=0.10, engine=0.1)
-TWO = Limits("2-bit", kl_mean=0.5, near_tie=1.0, disagreement=0.1, perplexity=0.5, engine=0.1)
+FOUR = Limits("4-bit", kl_mean=0.2, near_tie=0.5, disagreement=0.08, perplexity=0.10, engine=0.1)
+TWO = Limits("2-bit", kl_mean=0.5, near_tie=1.0, disagreement=0.15, perplexity=0.5, engine=0.1)
 
 
 def limits_for(weights: Iterable[tuple[int, float]], caches: KvDtype) -> Limits:
