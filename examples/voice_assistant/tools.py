@@ -227,13 +227,14 @@ def _wire(tool: Tool, values: Mapping[str, Value]) -> dict[str, tuple[Value, boo
 def _topic(template: str, wire: Mapping[str, tuple[Value, bool]]) -> str:
     def level(match: re.Match[str]) -> str:
         value, is_given = wire[match[1]]
-        return _text(value) if is_given else _level(_text(value))
+        text = _text(value) if is_given else _level(_text(value))
+        if not text:
+            raise CallError(f"{match[1]} names nothing")
+        return text
 
     topic = PLACE.sub(level, template)
     if re.search(r"[+#\x00-\x1f]", topic) or len(topic.encode()) > MAX_TOPIC_BYTES:
         raise CallError("that makes no topic")
-    if any(not part for part in topic.split("/")[1:]):
-        raise CallError("a name has no letters")
     return topic
 
 
