@@ -12,18 +12,27 @@ CONTEXT ?=
 BUNDLE ?=
 PROMPT ?=
 FORCE ?=
+WAV ?=
+TYPED ?=
+SPEAK ?=
+HOME_FILE ?=
+BROKER ?= demo
 # The values reach the shell through the environment, unexpanded, so that quotes and dollar signs in them are safe.
 override PROMPT := $(value PROMPT)
 override MODEL := $(value MODEL)
 override BUNDLE := $(value BUNDLE)
-export DEVICE MODEL RECIPE CONTEXT BUNDLE PROMPT
+override WAV := $(value WAV)
+override SPEAK := $(value SPEAK)
+override HOME_FILE := $(value HOME_FILE)
+override BROKER := $(value BROKER)
+export DEVICE MODEL RECIPE CONTEXT BUNDLE PROMPT WAV SPEAK HOME_FILE BROKER
 
 GEMMA_EDGE := $(VENV)/bin/gemma-edge
 VENV_PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.setup
 READY_DEVICE := $(VENV)/.setup-device
 
-# ask, serve and demo take BUNDLE, or else make one: of the bundled nano model unless MODEL says otherwise.
+# ask, serve, demo and voice take BUNDLE, or else make one: of the bundled nano model unless MODEL says otherwise.
 OWN_MODEL := $(or $(MODEL),nano)
 OWN_NAME := $(notdir $(OWN_MODEL))-$(basename $(notdir $(DEVICE)))$(RECIPE:%=-%)$(CONTEXT:%=-%)
 OWN_BUNDLE := bundles/$(subst $() $(),_,$(subst :,_,$(subst %,_,$(OWN_NAME))))
@@ -46,7 +55,7 @@ own_model = $(if $(filter nano,$(OWN_MODEL)),models/nano,"$$OWN_MODEL")
 # The benchmarks that take a bundle.
 BUNDLE_BENCHES := $(sort $(shell grep -l 'add_argument."bundle"' bench/*.py))
 
-.PHONY: help setup setup-device export ask serve demo test test-slow bench lint clean distclean
+.PHONY: help setup setup-device export ask serve demo voice test test-slow bench lint clean distclean
 
 help: ## this list
 	@echo "usage: make TARGET [NAME=VALUE ...]"
@@ -60,6 +69,9 @@ help: ## this list
 	@echo "  BUNDLE=DIR    the bundle to write or to use (default: one under bundles/)"
 	@echo "  PROMPT=TEXT   the question for ask"
 	@echo "  FORCE=1       export over an existing bundle"
+	@echo "  WAV=FILE      a recording for voice, instead of the microphone; TYPED=1: the keyboard"
+	@echo "  SPEAK=HOW     how voice answers: auto, piper, espeak, off, or FILE.wav"
+	@echo "  HOME_FILE=F   tools and settings of voice (default: the example's); BROKER=URL (default: one of its own)"
 	@echo "  PYTHON=PATH   the Python of .venv (3.11 or later)"
 
 setup: $(READY) ## make .venv with the gemma-edge command and all that export and the tests need
@@ -78,6 +90,10 @@ serve: $(NEEDS) ## run the daemon until interrupted (BUNDLE= or DEVICE= MODEL= R
 
 demo: $(if $(BUNDLE),$(READY),$(NEEDS)) ## summaries of a day of real sensor events, over MQTT (BUNDLE= or DEVICE= MODEL= ...)
 	@$(VENV_PYTHON) -m gemma_edge.examples.sensor_summary.demo "$$USED_BUNDLE"
+
+voice: $(if $(BUNDLE),$(READY),$(NEEDS)) ## a voice assistant (WAV=recording, TYPED=1 or the microphone; SPEAK= HOME_FILE= BROKER= BUNDLE= ...)
+	@$(VENV_PYTHON) -m gemma_edge.examples.voice_assistant "$$USED_BUNDLE" --broker "$$BROKER" \
+		$${WAV:+--wav "$$WAV"} $(if $(TYPED),--text) $${SPEAK:+--speak "$$SPEAK"} $${HOME_FILE:+--home "$$HOME_FILE"}
 
 test: lint ## lint, types and the fast tests
 	@$(VENV_PYTHON) -m pytest -m "not slow"

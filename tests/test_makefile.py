@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TARGETS = ["setup", "export", "ask", "serve", "demo", "test", "test-slow", "bench", "lint", "clean"]
+TARGETS = ["setup", "export", "ask", "serve", "demo", "voice", "test", "test-slow", "bench", "lint", "clean"]
 
 
 def program(path: Path, body: str) -> Path:
@@ -123,6 +123,26 @@ def test_demo_exports_nano_for_the_device_and_runs_on_that_bundle(venv: Path) ->
 def test_demo_with_a_bundle_exports_nothing(venv: Path) -> None:
     make(venv, "demo", "BUNDLE=b")
     assert calls(venv) == ["python", "-m", "gemma_edge.examples.sensor_summary.demo", "b"]
+
+
+VOICE = ["python", "-m", "gemma_edge.examples.voice_assistant"]
+
+
+def test_voice_passes_what_it_was_given(venv: Path) -> None:
+    make(
+        venv, "voice", "BUNDLE=b", "WAV=my talk$1.wav", "SPEAK=out.wav", "HOME_FILE=h.yaml", "BROKER=mqtt://x"
+    )
+    assert calls(venv) == [
+        *[*VOICE, "b", "--broker", "mqtt://x", "--wav", "my talk$1.wav"],
+        *["--speak", "out.wav", "--home", "h.yaml"],
+    ]
+
+
+def test_voice_has_a_broker_and_a_bundle_of_its_own(venv: Path) -> None:
+    make(venv, "voice", "TYPED=1", "DEVICE=no-such-device-so-no-bundle-either")
+    bundle = "bundles/nano-no-such-device-so-no-bundle-either"
+    assert calls(venv)[-6:] == [*VOICE[1:], bundle, "--broker", "demo", "--text"][-6:]
+    assert calls(venv)[:2] == ["gemma-edge", "export"]
 
 
 def test_test_runs_lint_types_and_the_fast_tests(venv: Path) -> None:
