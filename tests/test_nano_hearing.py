@@ -152,7 +152,7 @@ class TestHearing:
 
     def test_the_training_walk_equals_transformers(self, batch: dict[str, torch.Tensor]):
         """A packed row with soft tokens in it: logits of its first dialogue within 1e-3."""
-        model = new_model(3).eval()
+        model = new_model(3, ears=True).eval()
         load_weights(model, NANO)
         mel, valid = LogMel()(batch["clips"].float() / 32768, batch["samples"])
         masks = training.masks_of(batch["document"], model.config.text_config.sliding_window)

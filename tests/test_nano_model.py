@@ -112,6 +112,26 @@ def test_the_training_walk_equals_transformers() -> None:
             torch.testing.assert_close(packed[:, rows], alone, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("spoken_rows", [0, 1])
+def test_two_steps_of_training_write_a_checkpoint(
+    spoken_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole script, on the CPU: it loads, learns, and writes what transformers loads."""
+    command = f"train {tmp_path} --tokenizer {NANO} --init {NANO} --steps 2 --rows 1 --row 768 --workers 0"
+    command += f" --no-compile --log-every 1 --round-from 0 --spoken-rows {spoken_rows} --clips 6"
+    monkeypatch.setattr("sys.argv", command.split())
+    training.main()
+    report = json.loads((tmp_path / "training.json").read_text())
+    assert report["steps"] == 2 and 0 < report["loss"]["text"] < 1
+    assert (report["loss"]["sounds"] > 0) == bool(spoken_rows)
+    loaded = Gemma4ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)
+    assert (loaded.model.audio_tower is not None) == bool(spoken_rows)
+    before = Gemma4ForConditionalGeneration.from_pretrained(NANO, dtype=torch.float32)
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    change = (loaded.state_dict()[name] - before.state_dict()[name]).abs().max()
+    assert 0 < change < 0.1
+
+
 def test_rounding_is_undone() -> None:
     model = new_model(3)
     before = [parameter.clone() for parameter in model.parameters()]

@@ -416,3 +416,21 @@ def test_the_sites_own_digits_are_no_values() -> None:
     window = replace(WINDOW, site="house 12")
     assert problems("House 12 has 3 anomalies.", window) == []
     assert problems("bench-4/humidity fell to 12 %.", window)
+
+
+def test_what_is_measured_names_no_place() -> None:
+    """ "Pump state" is about the sensor that measures it, not about another one at a place called "pump"."""
+    excursion = above(0.0, 1.0, at(8), at(9))
+    window = replace(
+        WINDOW,
+        sensors=(
+            S("pump/flow", "flow rate", "l/min", 1, 95, 26.3, 28.6, 27.2, 26.6, 0.0, None, 47.7),
+            S("pump_running", "pump state", "", 0, 144, 0, 1, 0, 0, 0.0, None, 0, (excursion,)),
+        ),
+    )
+    assert problems("Pump state above limit", window) == []
+    assert problems("The pump is above its limit", window)
+    assert problems("Pump flow is above its limit", window)
+    # At its own place the word still names the sensor.
+    assert problems("Tank level silent")
+    assert problems("Tank level below limit") == []

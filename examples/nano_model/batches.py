@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .corpus import Encoder, Messages, random_dialogue
-from .hearing import MAX_SAMPLES, TOKEN, soft_tokens
+from .hearing import ALPHABET, MAX_SAMPLES, TOKEN, soft_tokens
 from .speech import RATE_HZ, UNKNOWN, Speech, random_speaker, say
 from .spoken import spoken_dialogue
 
@@ -107,7 +107,6 @@ class _Clip:
 
 
 _Spoken = tuple[np.ndarray, np.ndarray, list[_Clip]]  # ids, learned, clips
-ALPHABET = " abcdefghijklmnopqrstuvwxyz0123456789:"  # a character's number is its place, from 1
 
 
 def characters(texts: list[str], count: int) -> np.ndarray:

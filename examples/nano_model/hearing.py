@@ -15,6 +15,10 @@ from torch import Tensor
 from transformers import Gemma4ForConditionalGeneration
 from transformers.models.gemma4.feature_extraction_gemma4 import Gemma4AudioFeatureExtractor
 
+from .rooms import disturb
+from .speech import PHONEMES
+
+ALPHABET = " abcdefghijklmnopqrstuvwxyz0123456789:"  # a character's number is its place, from 1
 FRAME, HOP, TOKEN = 320, 160, 640  # samples
 MAX_FRAMES = 768
 MAX_SAMPLES = MAX_FRAMES * HOP  # 7.68 s
@@ -77,3 +81,22 @@ def hear(model: Gemma4ForConditionalGeneration, mel: Tensor, valid: Tensor) -> t
     out = model.model.audio_tower(mel, valid)
     heard, mask = out.last_hidden_state, out.attention_mask
     return heard, mask, model.model.embed_audio(heard[mask])
+
+
+class Classroom(torch.nn.Module):
+    """Everything between clean clips and what they teach; only its soft tokens are needed afterwards."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mel = LogMel()
+        self.teacher = Teacher(width, len(PHONEMES), len(ALPHABET))
+
+    def forward(
+        self, model: Gemma4ForConditionalGeneration, batch: dict[str, Tensor], seed: int, strength: float
+    ) -> tuple[Tensor, Tensor]:
+        """(soft tokens in order (tokens, hidden), losses (2,): of sounds and of spelling)."""
+        with torch.autocast(batch["clips"].device.type, enabled=False):
+            clips = disturb(batch["clips"].float() / 32768, batch["samples"], seed, strength)
+            frames, valid = self.mel(clips, batch["samples"])
+        heard, mask, soft = hear(model, frames, valid)
+        return soft, torch.stack(self.teacher.losses(heard, mask, batch["sounds"], batch["said"]))

@@ -65,12 +65,12 @@ def audio_config() -> Gemma4AudioConfig:
     )
 
 
-def full_config() -> Gemma4Config:
-    """The whole configuration: text and ears, no eyes."""
+def full_config(*, ears: bool = False) -> Gemma4Config:
+    """The configuration that is saved: the text model inside Gemma 4's multimodal layout, no eyes."""
     return Gemma4Config(
         text_config=text_config(),
         vision_config=None,
-        audio_config=audio_config(),
+        audio_config=audio_config() if ears else None,
         boi_token_id=token_id("<|image>"),
         eoi_token_id=token_id("<image|>"),
         image_token_id=token_id("<|image|>"),
@@ -108,18 +108,19 @@ def processor_config() -> dict[str, Any]:
 
 
 @torch.no_grad()
-def new_model(seed: int) -> Gemma4ForConditionalGeneration:
+def new_model(seed: int, *, ears: bool = False) -> Gemma4ForConditionalGeneration:
     """A fresh model in float32.
 
     Gemma 4 attends with scale 1.0, so the norms of queries and keys carry the usual 1/sqrt(head_dim) at the
     start. Layer scalars are buffers, fixed away from 1 as in the real checkpoints.
     """
     torch.manual_seed(seed)
-    model = Gemma4ForConditionalGeneration(full_config())
+    model = Gemma4ForConditionalGeneration(full_config(ears=ears))
     _init_text(model.model.language_model)
-    _init_audio(model.model.audio_tower)
-    projection = model.model.embed_audio.embedding_projection.weight
-    projection.normal_(std=projection.shape[1] ** -0.5)  # soft tokens as large as embeddings
+    if ears:
+        _init_audio(model.model.audio_tower)
+        projection = model.model.embed_audio.embedding_projection.weight
+        projection.normal_(std=projection.shape[1] ** -0.5)  # soft tokens as large as embeddings
     return model
 
 
@@ -178,9 +179,11 @@ def save_model(model: Gemma4ForConditionalGeneration, folder: Path) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    full_config().save_pretrained(folder)
+    ears = model.model.audio_tower is not None
+    full_config(ears=ears).save_pretrained(folder)
     (folder / "generation_config.json").write_text(json.dumps(generation_config(), indent=2) + "\n")
-    (folder / "processor_config.json").write_text(json.dumps(processor_config(), indent=2) + "\n")
+    if ears:
+        (folder / "processor_config.json").write_text(json.dumps(processor_config(), indent=2) + "\n")
     state = {
         name: tensor.detach().to(torch.bfloat16).cpu().contiguous()
         for name, tensor in model.state_dict().items()

@@ -23,11 +23,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Gemma4ForConditionalGeneration
 
-from .batches import ALPHABET, ROW, Batches, SpokenBatches
-from .hearing import LogMel, Teacher, hear
+from .batches import ROW, Batches, SpokenBatches
+from .hearing import Classroom
 from .model import load_weights, new_model, save_model
-from .rooms import disturb
-from .speech import PHONEMES
 
 ROWS = 40  # a batch
 
@@ -178,48 +176,43 @@ def loss_of(
 
 
 def optimizer_of(
-    model: Gemma4ForConditionalGeneration, teacher: Teacher, text_rate: float, audio_rate: float
+    model: Gemma4ForConditionalGeneration, classroom: Classroom | None, text_rate: float, audio_rate: float
 ) -> torch.optim.Optimizer:
     """AdamW; matrices decay, norms do not; the ears learn at their own rate."""
-    groups = []
-    for module, peak in (
-        (model.model.language_model, text_rate),
-        *((ears, audio_rate) for ears in (model.model.audio_tower, model.model.embed_audio, teacher)),
-    ):
+    groups: list[dict[str, Any]] = []
+    modules = [(model.model.language_model, text_rate)]
+    modules += [(module, audio_rate) for module in ears_of(model, classroom)]
+    for module, peak in modules:
         named = list(module.named_parameters())
-        groups += [
-            {
-                "params": [p for n, p in named if p.ndim >= 2 and "embed" not in n],
-                "weight_decay": 0.1,
-                "peak": peak,
-            },
-            {
-                "params": [p for n, p in named if p.ndim >= 2 and "embed" in n],
-                "weight_decay": 0.01,
-                "peak": peak,
-            },
-            {"params": [p for n, p in named if p.ndim < 2], "weight_decay": 0.0, "peak": peak},
-        ]
+        tables = [p for n, p in named if p.ndim >= 2 and "embed" in n]
+        matrices = [p for n, p in named if p.ndim >= 2 and "embed" not in n]
+        vectors = [p for _, p in named if p.ndim < 2]
+        for parameters, decay in ((matrices, 0.1), (tables, 0.01), (vectors, 0.0)):
+            groups.append({"params": parameters, "weight_decay": decay, "peak": peak})
     fused = next(model.parameters()).is_cuda
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=text_rate, betas=(0.9, 0.95), eps=1e-9, fused=fused)
+
+
+def ears_of(model: Gemma4ForConditionalGeneration, classroom: Classroom | None) -> list[torch.nn.Module]:
+    """What learns to hear; nothing without a classroom."""
+    return [model.model.audio_tower, model.model.embed_audio, classroom] if classroom else []
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
     """Train and save; returns what the run was and how it went."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")
-    model = new_model(args.seed)
+    spoken = args.spoken_rows
+    model = new_model(args.seed, ears=spoken > 0)
     if args.init:
         load_weights(model, args.init)
     model.to(device)
-    mel = LogMel().to(device)
-    teacher = Teacher(model.config.audio_config.output_proj_dims, len(PHONEMES), len(ALPHABET)).to(device)
-    optimizer = optimizer_of(model, teacher, args.learning_rate, args.audio_rate)
+    classroom = Classroom(model.config.audio_config.output_proj_dims).to(device) if spoken else None
+    optimizer = optimizer_of(model, classroom, args.learning_rate, args.audio_rate)
     step_layer = torch.compile(layer_step, dynamic=False) if args.compile else layer_step
     rounded = RoundedWeights(model)
-    heads: list[torch.nn.Module] = [model.model.audio_tower, model.model.embed_audio, teacher]
-    ears = [parameter for module in heads for parameter in module.parameters()]
+    ears = [parameter for module in ears_of(model, classroom) for parameter in module.parameters()]
     log: list[tuple[int, dict[str, float]]] = []
     tokens, clips, total, started = 0, 0, torch.zeros(4, device=device), time.time()
     for step, batch in enumerate(batches(args, device == "cuda")):
@@ -237,23 +230,17 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             torch.autocast(device, torch.bfloat16),
         ):
             soft, lessons = None, torch.zeros(2, device=device)
-            if "clips" in batch:
-                with torch.autocast(device, enabled=False):
-                    strength = min(1.0, progress / args.quiet) if args.quiet else 1.0
-                    clips_heard = disturb(
-                        batch["clips"].float() / 32768, batch["samples"], args.seed + step, strength
-                    )
-                    heard_frames, valid = mel(clips_heard, batch["samples"])
-                heard, mask, soft = hear(model, heard_frames, valid)
-                lessons = torch.stack(teacher.losses(heard, mask, batch["sounds"], batch["said"]))
+            if classroom is not None:
+                strength = min(1.0, progress / args.quiet) if args.quiet else 1.0
+                soft, lessons = classroom(model, batch, args.seed + step, strength)
             masks = masks_of(batch["document"], model.config.text_config.sliding_window)
             hidden = forward(model, batch["ids"], batch["position"], masks, step_layer, soft)
-            spoken = args.spoken_rows
             text_loss = loss_of(model, hidden[spoken:], batch, slice(spoken, None))
             spoken_loss = loss_of(model, hidden[:spoken], batch, slice(0, spoken)) if spoken else lessons[0]
             (text_loss + spoken_loss + args.lessons * (1.0 - progress) * lessons.sum()).backward()
         torch.nn.utils.clip_grad_norm_(model.model.language_model.parameters(), 1.0)
-        torch.nn.utils.clip_grad_norm_(ears, 1.0)
+        if ears:
+            torch.nn.utils.clip_grad_norm_(ears, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         total += torch.stack([text_loss, spoken_loss, *lessons]).detach()
@@ -331,10 +318,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=20)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--audio-rate", type=float, default=2e-3, help="learning rate of the audio tower")
+    parser.add_argument("--lessons", type=float, default=1.0, help="weight of sounds and spelling at first")
     parser.add_argument(
-        "--spelling", type=float, default=0.5, help="weight of the spelling loss at the start"
+        "--quiet", type=float, default=0.3, help="part of the steps until all rooms are noisy"
     )
-    parser.add_argument("--spoken-rows", type=int, default=0, help="rows of a batch with spoken dialogues")
+    parser.add_argument(
+        "--spoken-rows", type=int, default=0, help="rows of spoken dialogues in a batch; 0: no ears"
+    )
     parser.add_argument("--clips", type=int, default=96, help="clips of a batch, at most")
     parser.add_argument("--speech-workers", type=int, default=0)
     parser.add_argument("--warm-up", type=int, default=300, help="steps")

@@ -43,6 +43,11 @@ class Mentions:
             (pattern, [] if any(pattern.fullmatch(last) for last in self._last) else mentioned)
             for pattern, mentioned in self._places
         ]
+        # "pump state" speaks of the sensors that measure it, not of another one at a place called "pump".
+        self._measured = {
+            plain_form(quantity).casefold(): {s.name for s in window.sensors if s.quantity == quantity}
+            for quantity in {sensor.quantity for sensor in window.sensors}
+        }
         others = {plain_form(window.site), *(plain_form(s.quantity) for s in window.sensors)}
         self._others = [
             re.compile(rf"(?<![\w/-]){re.escape(other)}(?![\w/-])", re.IGNORECASE)
@@ -72,10 +77,21 @@ class Mentions:
         for pattern in self._others:
             text = pattern.sub(lambda match: _without_digits(match[0]), text)
         for pattern, mentioned in self._places:
-            text, count = pattern.subn(lambda match: _without_digits(match[0]), text)
-            if count:
+            if any(self._means(match, mentioned, text) for match in pattern.finditer(text)):
                 loose += mentioned
+            text = pattern.sub(lambda match: _without_digits(match[0]), text)
         return text, named, loose
+
+    def _means(self, place: re.Match[str], mentioned: list[str], text: str) -> bool:
+        """Whether a place is named, and not only a word of what other sensors measure."""
+        around = [
+            self._measured[match[0].casefold()]
+            for pattern in self._others
+            for match in pattern.finditer(text)
+            if match.start() <= place.start() and place.end() <= match.end()
+            if match[0].casefold() in self._measured
+        ]
+        return all(sensors & set(mentioned) for sensors in around)
 
 
 def _loosely(place: str) -> str | None:
