@@ -1,24 +1,71 @@
-"""Guesses at the next tokens, copied from prompt and answer so far, and how many of them are worth it.
+"""Guesses at the next tokens, copied from what was said, and how many of them are worth it.
 
 Where reading weights takes the time, a pass of the model over one token and k guesses costs little more than
 over one token. The sampler then picks at each row as it always does; the first pick that is not the guess
-ends the pass. So answers are those of one token at a time, drawn and penalised ones too. Knows ids and times.
+ends the pass. So answers are those of one token at a time, drawn and penalised ones too. Guesses come from
+the prompt, the answer so far, and the last few answers, which are often alike. Knows ids and times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Collection, Sequence
 
 MOST_DRAFT = 15  # with the token before them 16 rows, which the session never cuts
 MOST_PLACES = 24  # earlier places that are compared, the last ones first
 LONGEST_MATCH = 24  # tokens compared at a place
 NOTICED_MATCHES = (2, 3, 4, 6, 9, 16)  # matches of at least so many tokens are counted apart
-COST_SHARE = 0.03  # of decoding time, at most, is lost to wrong guesses
+COST_SHARE = (
+    0.025  # of decoding time, at most, is lost to wrong guesses; looking them up takes the rest of 3 %
+)
 RECENT = 0.25  # weight of the last pass in the mean time of its kind
 OUTLIER = 3.0  # a pass that took longer by this factor was interrupted: counted as so long
 FADING = 0.97  # of counts, with each guess
 FIRST_SLOPE = 0.1  # of a step's time, for each row more, until it is measured
 PLAIN_EVERY = 64  # passes: how long one token takes has to be known
+KEPT_ANSWERS = 8
+KEPT_TOKENS = 1024  # of an answer, its first ones
+
+
+class Drafts:
+    """Of one engine: what one answer taught serves the next."""
+
+    def __init__(self, longest: int) -> None:
+        self.pace = Pace(longest)
+        self.answers: deque[list[int]] = deque(maxlen=KEPT_ANSWERS)
+
+    def begin(self, prompt_ids: Sequence[int], stops: Collection[int]) -> Guesser:
+        """For an answer to this prompt. stops: tokens that end it, behind which nothing is guessed."""
+        return Guesser(self, prompt_ids, stops)
+
+
+class Guesser:
+    """Of one answer."""
+
+    def __init__(self, drafts: Drafts, prompt_ids: Sequence[int], stops: Collection[int]) -> None:
+        self._drafts, self._stops = drafts, stops
+        self._lookup = Lookup([token for answer in drafts.answers for token in answer])
+        self._lookup.extend(prompt_ids)
+        self._answer: list[int] = []
+        self._match = 0
+
+    def guess(self, last: Sequence[int], most: int) -> list[int]:
+        """At most `most` tokens that may follow the `last` picked ones."""
+        self._answer += last
+        self._lookup.extend(last)
+        self._match, place = self._lookup.find()
+        count = self._drafts.pace.choose(self._match, most)
+        draft = self._lookup.after(place, count)
+        ends = [at for at, token in enumerate(draft) if token in self._stops]
+        return draft[: ends[0]] if ends else draft
+
+    def learn(self, drafted: int, right: int, seconds: float) -> None:
+        """The pass over the last guesses took so long; the first `right` of them were right."""
+        self._drafts.pace.learn(self._match, drafted, right, seconds)
+
+    def end(self, last: Sequence[int]) -> None:
+        """The answer is over, with these tokens behind those that were guessed after."""
+        self._drafts.answers.append([*self._answer, *last][:KEPT_TOKENS])
 
 
 class Lookup:

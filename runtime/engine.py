@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .bundle import Bundle, Manifest
-from .drafts import MOST_DRAFT, Lookup, Pace
+from .drafts import MOST_DRAFT, Drafts, Guesser
 from .errors import RequestError
 from .prefix import Reuse, ReuseSettings, open_reuse
 from .prompt import Chunk, Chunks, Part, Start
@@ -64,7 +64,7 @@ class Engine:
         self._placeholder = self._pad if audio is None else audio.tokens.placeholder
         guesses = min(speculate, MOST_DRAFT, longest_draft(bundle.manifest))
         self._session = Session(bundle, threads=threads, longest_draft=guesses)
-        self._pace = Pace(guesses) if guesses else None
+        self._drafts = Drafts(guesses) if guesses else None
         self._reuse = open_reuse(bundle, self._session.caches, reuse) if reuse is not None else None
         self._generation = 0
 
@@ -170,6 +170,8 @@ class Engine:
         generation: int,
     ) -> Iterator[int]:
         tally = _Tally()
+        guesser: Guesser | None = None
+        picked: list[int] = []
         start = time.perf_counter()
         try:
             for chunk in chunks:
@@ -185,7 +187,9 @@ class Engine:
             sampler = Sampler(params, chunks.ids, self._vocab_size)
             picked = [sampler.pick(self._session.logits)]
             tally.ttft_s = time.perf_counter() - start
-            lookup = Lookup(chunks.ids) if self._pace is not None else None
+            if self._drafts is not None:
+                guesser = self._drafts.begin(chunks.ids, self.eos)
+                tally.decode_s += time.perf_counter() - start - tally.ttft_s
             position = chunks.length  # of the last token picked, which has not been run
             while True:
                 for token in picked:
@@ -201,9 +205,11 @@ class Engine:
                     self._check_current(generation)
                     if cancel is not None and cancel.is_set():
                         return
-                picked = self._step(picked, position, sampler, lookup, wanted - tally.new_tokens - 1, tally)
+                picked = self._step(picked, position, sampler, guesser, wanted - tally.new_tokens - 1, tally)
                 position += len(picked)
         finally:
+            if guesser is not None:
+                guesser.end(picked)
             if generation == self._generation:
                 self.last_stats = tally.stats(chunks)
                 if self._reuse is not None and tally.finish != "cancelled":
@@ -221,7 +227,7 @@ class Engine:
         last: Sequence[int],
         position: int,
         sampler: Sampler,
-        lookup: Lookup | None,
+        guesser: Guesser | None,
         most: int,
         tally: _Tally,
     ) -> list[int]:
@@ -231,8 +237,9 @@ class Engine:
         run after it is the last that counts.
         """
         before = time.perf_counter()
-        match, draft = self._guess(last, position, lookup, most)
-        token = last[-1]
+        token, draft = last[-1], list[int]()
+        if guesser is not None:  # what is guessed can be taken back
+            draft = guesser.guess(last, min(most, self._session.caches.ahead(position + 1)))
         if self._reuse is not None:
             self._reuse.running()
         self._session.step(token, position, draft)
@@ -244,28 +251,13 @@ class Engine:
         if self._reuse is not None:
             self._reuse.ran([token, *picked[:-1]], position)
         spent = time.perf_counter() - before
-        if self._pace is not None:
-            self._pace.learn(match, len(draft), len(picked) - 1, spent)
+        if guesser is not None:
+            guesser.learn(len(draft), len(picked) - 1, spent)
         tally.decode_s += spent
         tally.decode_steps += 1
         tally.drafted += len(draft)
         tally.accepted += len(picked) - 1
         return picked
-
-    def _guess(
-        self, last: Sequence[int], position: int, lookup: Lookup | None, most: int
-    ) -> tuple[int, Sequence[int]]:
-        """(length of the match, guesses): no more than are worth it and can be taken back."""
-        if lookup is None or self._pace is None:
-            return 0, ()
-        lookup.extend(last)
-        match, place = lookup.find()
-        most = min(most, self._session.caches.ahead(position + 1)) if match else 0
-        count = self._pace.choose(match, most)
-        draft = lookup.after(place, count)
-        # Behind a token that ends the answer nothing is picked.
-        ends = [at for at, guess in enumerate(draft) if guess in self.eos]
-        return match, draft[: ends[0]] if ends else draft
 
     def _check_current(self, generation: int) -> None:
         if generation != self._generation:
