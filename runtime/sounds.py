@@ -76,7 +76,7 @@ class Feed:
             self._end(error)
 
     def blocks(self, stop: Stop) -> Iterator[npt.NDArray[Any] | None]:
-        """What was put, in order; None each time nothing more is there at the moment.
+        """What was put, in order and all that is there at once; None each time nothing more is there.
 
         Ends with the sound, or early when `stop` is set. Raises what `fail` was given, or AudioError when
         nothing has come for FEED_IDLE_S.
@@ -86,14 +86,16 @@ class Feed:
             with self._changed:
                 if not self._blocks and not self._ended:
                     self._changed.wait(0.1)
-                block = self._blocks.popleft() if self._blocks else None
-                more, ended, error = bool(self._blocks), self._ended, self._error
+                waiting = list(self._blocks)
+                self._blocks.clear()
+                ended, error = self._ended, self._error
             if error is not None:
                 raise error
-            if block is not None:
+            if waiting:
                 heard_at = time.monotonic()
-                yield block
-                if not more and not ended:
+                # Who is behind catches up: one long piece is encoded faster than several short ones.
+                yield np.concatenate(waiting)
+                if not self._blocks and not self._ended:
                     yield None
             elif ended:
                 return

@@ -103,10 +103,11 @@ class TestFeeding:
         for value in (1, 2):
             feed.put(np.full(10, value, np.int16))
         blocks = feed.blocks(NEVER)
-        assert [next(blocks)[0], next(blocks)[0], next(blocks)] == [1, 2, None]
+        assert next(blocks).tolist() == [1] * 10 + [2] * 10, "what has piled up comes at once"
+        assert next(blocks) is None
         feed.put(np.full(10, 3, np.int16))
         feed.end()
-        assert [block[0] for block in blocks] == [3]
+        assert [block.tolist() for block in blocks if block is not None] == [[3] * 10]
 
     def test_the_end_is_the_end(self):
         feed = Feed(RATE)
