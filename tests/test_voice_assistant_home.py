@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from gemma_edge.examples.sensor_summary.demo import own_broker
 from gemma_edge.examples.voice_assistant import home as module
 from gemma_edge.examples.voice_assistant import tools
 from gemma_edge.examples.voice_assistant.config import Config, load_config
@@ -18,7 +19,7 @@ from gemma_edge.examples.voice_assistant.tools import CallError
 from gemma_edge.runtime.errors import ConfigError
 from gemma_edge.runtime.messages import normalise_tools
 
-from .support.brokers import amqtt_broker, mosquitto
+from .support.brokers import mosquitto
 from .support.mqtt_peer import peer
 
 EXAMPLE = Path(module.__file__).parent / "home.yaml"
@@ -97,6 +98,8 @@ class TestFile:
     def test_limits(self, tmp_path: Path):
         with pytest.raises(ConfigError, match="hangover_s"):
             load(tmp_path, TOOLS + "listen: {hangover_s: 61}\n")
+        with pytest.raises(ConfigError, match=r"answer\.language: expected an ISO 639-1 code"):
+            load(tmp_path, TOOLS + "answer: {language: xx}\n")
         with pytest.raises(ConfigError, match="ca_file: nowhere: no such file"):
             load(tmp_path, TOOLS + "ca_file: nowhere\n")
         with pytest.raises(ConfigError, match="password_file: nowhere cannot be read"):
@@ -227,9 +230,9 @@ class TestBroker:
                     world.stays_at(1, 0.4)
 
     def test_a_broker_that_knows_only_311(self, tmp_path: Path):
-        with amqtt_broker() as port:
-            config = load(tmp_path, TOOLS.replace("localhost", f"127.0.0.1:{port}"))
-            with Home(config) as home, peer(port, "home/#", v5=False) as world:
+        with own_broker(threading.Event()) as url:
+            config = load(tmp_path, TOOLS.replace("mqtt://localhost", url))
+            with Home(config) as home, peer(config.broker_address.port, "home/#", v5=False) as world:
                 assert home.wait_online(10)
                 assert home.call("say", {"place": "hall", "words": "hi"}).ok
                 assert bytes(world.wait(1)[0].payload) == b"hi"

@@ -19,6 +19,7 @@ from .assistant import Assistant
 from .brain import Brain, open_brain
 from .config import Config, load_config
 from .console import Console
+from .conversation import system_message
 from .home import Home
 from .keyboard import Keyboard
 from .listener import ButtonListener, VoiceListener
@@ -141,13 +142,17 @@ def run(args: argparse.Namespace, config: Config, stop: threading.Event) -> None
         if args.broker == "demo":
             url = stack.enter_context(_demo_broker())
             config = msgspec.structs.replace(config, broker=url)
-        brain = stack.enter_context(open_brain(args.bundle, hears=not args.text, threads=args.threads))
         home = stack.enter_context(Home(config))
+        head = system_message(config.system)
+        brain = stack.enter_context(
+            open_brain(
+                args.bundle, hears=not args.text, head=head, tools=home.declarations, threads=args.threads
+            )
+        )
         if not home.wait_online(BROKER_WAIT_S):
             log.warning("%s does not answer yet; calls fail until it does", config.broker_address)
         assistant = Assistant(config, brain, home, speaker, Console())
         stack.callback(assistant.close)
-        assistant.warm_up()
         if recording is not None:
             _ready(brain, speaker, f"{args.wav}, {recording.duration_s:.1f} s")
             listener = VoiceListener(config.listen, assistant.longest_s)
@@ -159,7 +164,7 @@ def run(args: argparse.Namespace, config: Config, stop: threading.Event) -> None
                 assistant.type(line)
                 assistant.wait()
         else:
-            _with_microphone(args, config, assistant, stack.enter_context(microphone), brain, speaker)
+            _with_microphone(args, config, assistant, stack.enter_context(microphone), brain, speaker, stop)
 
 
 def _with_microphone(
@@ -169,6 +174,7 @@ def _with_microphone(
     microphone: Microphone,
     brain: Brain,
     speaker: Speaker,
+    stop: threading.Event,
 ) -> None:
     keyboard = Keyboard()
     listener: ButtonListener | VoiceListener
@@ -178,8 +184,14 @@ def _with_microphone(
     else:
         listener = VoiceListener(config.listen, assistant.longest_s)
         _ready(brain, speaker, "speak, or type a line; Ctrl-C ends")
+
+    def typed() -> str | None:
+        if args.push_to_talk and keyboard.closed.is_set():
+            stop.set()  # there is no button any more
+        return keyboard.line()
+
     barge_in = config.listen.barge_in or args.push_to_talk
-    assistant.listen(microphone, listener, typed=keyboard.line, barge_in=barge_in)
+    assistant.listen(microphone, listener, typed=typed, barge_in=barge_in)
 
 
 def _voice(args: argparse.Namespace, config: Config) -> tuple[Voice | None, Output | None]:

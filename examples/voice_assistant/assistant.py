@@ -14,10 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol
-
-import numpy as np
 
 from ...runtime.errors import ConfigError, RequestError
 from ...runtime.sampler import SamplingParams
@@ -31,13 +28,13 @@ from .home import Outcome
 from .listener import RATE, Dropped, Ended, ListenEvent, Samples, Started, Voice
 from .sentences import Sentences
 from .speaker import Speaker, Speech
+from .turn import Call, Report, Turn, Utterance
 
 log = logging.getLogger(__name__)
 
 CALL_TOKENS = 96  # kept free for a call and its result
 LEAST_S = 2.0  # of speech that must fit into the context
 LEAST_WORDS = 64  # tokens of a typed turn that must
-LANGUAGE = "en"  # of transcripts
 
 
 class House(Protocol):
@@ -46,88 +43,6 @@ class House(Protocol):
     declarations: list[dict[str, Any]]
 
     def call(self, name: str, arguments: dict[str, Any]) -> Outcome: ...
-
-
-@dataclass(frozen=True)
-class Call:
-    """A tool call and what came of it."""
-
-    name: str
-    arguments: dict[str, Any]
-    outcome: Outcome
-
-
-@dataclass
-class Utterance:
-    """What somebody said at one time."""
-
-    feed: Feed
-    samples: list[Samples] = field(default_factory=list)
-
-    @property
-    def seconds(self) -> float:
-        return sum(map(len, self.samples)) / RATE
-
-    def put(self, samples: Samples) -> None:
-        self.samples.append(samples)
-        self.feed.put(samples)
-
-    def again(self) -> Utterance:
-        """For a later request: a feed that was not heard whole cannot be read twice."""
-        if self.feed.soft is not None:
-            return self
-        feed = Feed(RATE, max_s=self.feed.max_s)
-        feed.put(np.concatenate(self.samples))
-        feed.end()
-        return Utterance(feed, self.samples)
-
-
-@dataclass
-class Turn:
-    """What was said and what came of it, with its times (time.perf_counter())."""
-
-    number: int
-    text: str | None = None  # as typed, or a transcript
-    spoken: Utterance | None = None
-    before: list[Utterance] = field(default_factory=list)  # earlier ones that got no answer
-    speech_s: float = 0.0
-    ended_at: float = 0.0  # the turn was complete
-    first_token_at: float | None = None
-    first_sound_at: float | None = None
-    done_at: float = 0.0
-    calls: list[Call] = field(default_factory=list)
-    answer: str = ""  # all that was written
-    said: str = ""  # what of it was heard, or shown
-    interrupted: bool = False
-    is_cut: bool = False  # the answer reached its longest
-    error: str | None = None
-    prompt_tokens: int = 0  # of the first request
-    reused_tokens: int = 0
-
-    def parts(self) -> list[dict[str, Any]]:
-        """The user's content."""
-        said = [*self.before, self.spoken] if self.spoken is not None else self.before
-        parts: list[dict[str, Any]] = [{"type": "audio", "feed": one.feed} for one in said]
-        return parts if self.spoken is not None else [*parts, {"type": "text", "text": self.text or ""}]
-
-    @property
-    def token_s(self) -> float | None:
-        """From the end of the turn to the first token."""
-        return None if self.first_token_at is None else self.first_token_at - self.ended_at
-
-    @property
-    def sound_s(self) -> float | None:
-        """From the end of the turn to the first sound."""
-        return None if self.first_sound_at is None else self.first_sound_at - self.ended_at
-
-
-class Report(Protocol):
-    """Who is told what happens, as it happens."""
-
-    def heard(self, turn: Turn) -> None: ...
-    def called(self, turn: Turn, call: Call) -> None: ...
-    def sentence(self, turn: Turn, text: str) -> None: ...
-    def finished(self, turn: Turn) -> None: ...
 
 
 class Listening(Protocol):
@@ -155,9 +70,6 @@ class Assistant:
         self._turn: Turn | None = None  # being spoken
         self._running: _Answering | None = None
         self._unanswered: list[Utterance] = []  # their speaker went on
-
-    def warm_up(self) -> None:
-        self._brain.warm_up(self.conversation.head, self._home.declarations)
 
     def listen(
         self,
@@ -425,7 +337,8 @@ class Assistant:
         assert turn.spoken is not None
         sound = {"type": "audio", "feed": turn.spoken.feed}
         try:
-            running.go_on(self._brain.service.submit(transcription(sound, language=LANGUAGE)))
+            request = transcription(sound, language=self._config.answer.language)
+            running.go_on(self._brain.service.submit(request))
             text = ""
             for event in running.job.events():
                 text += event.text if isinstance(event, TextDelta) else ""

@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from ...runtime.errors import ConfigError
+from ...runtime.errors import ConfigError, RequestError
 from ...runtime.strict import decode_yaml_file
+from ...runtime.transcribe import language_code
 from ...runtime.transports.mqtt_address import BrokerAddress, parse_broker_url
 
 PLACE = re.compile(r"\{(\w+)\}")  # a parameter in a topic or payload
@@ -94,6 +95,7 @@ class Answer(Struct, frozen=True, kw_only=True):
     tool_rounds: Annotated[int, msgspec.Meta(ge=1, le=16)] = 4  # calls and results in a row, in one turn
     remember_turns: Annotated[int, msgspec.Meta(ge=0, le=200)] = 12  # at most; what fits in the context
     transcripts: bool = False  # write down what was heard after each answer, and remember that instead
+    language: str = "en"  # of what is said, for transcripts
 
 
 class Config(Struct, frozen=True, kw_only=True):
@@ -139,6 +141,10 @@ def problems(config: Config) -> Iterator[str]:
         config.broker_address  # noqa: B018 - asked for its error
     except ConfigError as error:
         yield str(error)
+    try:
+        language_code(config.answer.language)
+    except RequestError as error:
+        yield f"answer.{error}"
     if config.ca_file is not None and not Path(config.ca_file).is_file():
         yield f"ca_file: {config.ca_file}: no such file"
     seen: set[str] = set()

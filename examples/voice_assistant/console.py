@@ -6,7 +6,7 @@ import sys
 import threading
 from typing import TextIO
 
-from .assistant import Call, Turn
+from .turn import Call, Turn
 
 
 class Console:

@@ -28,13 +28,18 @@ class Exchange:
         return sum(part["type"] == "audio" for part in self.parts)
 
 
+def system_message(text: str) -> list[Message]:
+    """What a conversation begins with."""
+    return [{"role": "system", "content": text}] if text.strip() else []
+
+
 class Conversation:
     """The system message and the last turns."""
 
     def __init__(
         self, system: str, tools: Sequence[dict[str, Any]], count: Count, remember_turns: int
     ) -> None:
-        self.head: list[Message] = [{"role": "system", "content": system}] if system.strip() else []
+        self.head = system_message(system)
         self.tools = tools
         self._count = count
         self._turns: deque[Exchange] = deque(maxlen=remember_turns)

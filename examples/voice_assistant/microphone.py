@@ -24,6 +24,7 @@ from .listener import BLOCK, RATE, Samples
 log = logging.getLogger(__name__)
 
 WAITING_MAX = 1000  # blocks: 32 s; then the oldest are lost
+WARN_EVERY_S = 10.0
 TRAIL_S = 2.0  # of silence after a recording, so that its last turn ends as any other
 MOST_BEHIND_S = 0.2  # a file that was held up goes on from where it is
 
@@ -89,6 +90,7 @@ class Microphone:
         self._blocks = Blocks()
         self._mono: MonoStream | None = None
         self._lost = 0  # blocks since the last warning
+        self._warn_at = 0.0
         self._stream: Any = None
 
     def __enter__(self) -> Microphone:
@@ -120,9 +122,9 @@ class Microphone:
                 if not self._stream.active:
                     raise GemmaEdgeError("the microphone is gone; plug it in and start again") from None
                 continue
-            if self._lost:
+            if self._lost and time.monotonic() > self._warn_at:
                 log.warning("%d blocks of sound were lost: this machine is too slow", self._lost)
-                self._lost = 0
+                self._lost, self._warn_at = 0, time.monotonic() + WARN_EVERY_S
             yield block
 
     def _open(self, rate: int) -> Any:

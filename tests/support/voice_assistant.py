@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from gemma_edge.examples.voice_assistant.assistant import Call, Turn
 from gemma_edge.examples.voice_assistant.brain import Brain, make_brain
+from gemma_edge.examples.voice_assistant.turn import Call, Turn
 from gemma_edge.examples.voice_assistant.voices import EspeakLibrary
 from gemma_edge.runtime.audio.mel import LogMel
 from gemma_edge.runtime.audio.samples import MonoStream
