@@ -118,7 +118,7 @@ def test_the_hubs_geometry():
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        (dict(model_type="gemma4_unified_audio"), "'gemma4_unified_audio'"),
+        (dict(model_type="gemma3n_audio"), "'gemma3n_audio'"),
         (dict(attention_context_right=2), "attention_context_right is 2"),
         (dict(attention_context_left=2), "attention_context_left is 2"),
         (dict(attention_invalid_logits_value=-100.0), "attention_invalid_logits_value is -100.0"),
