@@ -1,9 +1,11 @@
 """What guessed tokens gain: speed and tokens a pass with and without, in turns, on sensor summaries.
 
-python bench/speculation.py BUNDLE [--speculate 8] [--prompts 20] [--repeats 3] [--threads N] [--wrong]
+python bench/speculation.py BUNDLE [--speculate 8] [--prompts 20] [--repeats 3] [--threads N]
+    [--wrong] [--replay BUNDLE]
 
 BUNDLE is the nano model's. Each window is summarised without and with guesses, in turns; answers are
 compared. --wrong makes every guess a wrong one: what guessing costs at worst, in answers full of matches.
+--replay has another bundle, of any model with as large a vocabulary, say what nano says: time at full size.
 Figures are medians over repeats of sums over all prompts.
 """
 
@@ -11,12 +13,16 @@ from __future__ import annotations
 
 import argparse
 import random
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from common import machine, median, print_json, print_machine
 
 from gemma_edge.examples.nano_model.windows import random_window
 from gemma_edge.examples.sensor_summary.prompt import summary_messages
+from gemma_edge.runtime import engine as runtime_engine
 from gemma_edge.runtime.bundle import Bundle, open_bundle
 from gemma_edge.runtime.chat import load_template
 from gemma_edge.runtime.drafts import Lookup
@@ -34,6 +40,17 @@ def prompts_of(bundle: Bundle, count: int) -> list[list[int]]:
     return [template.encode(tokenizer, summary_messages(window)) for window in windows]
 
 
+class Saying:
+    """In place of a sampler: picks what was answered to this prompt before, whatever the model says."""
+
+    def __init__(self, said: dict[tuple[int, ...], list[int]], stop: int, *sampler: Any) -> None:
+        self._tokens = iter([*said[tuple(sampler[1])], stop])
+
+    def pick(self, logits: np.ndarray) -> int:
+        logits.argmax()  # takes the time of a greedy pick
+        return next(self._tokens)
+
+
 def answer(engine: Engine, prompt: list[int], params: SamplingParams) -> tuple[list[int], GenerationStats]:
     tokens = list(engine.generate(prompt, params, max_new_tokens=300))
     assert engine.last_stats is not None
@@ -48,6 +65,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--wrong", action="store_true")
+    parser.add_argument("--replay", type=Path, metavar="BUNDLE")
     args = parser.parse_args()
 
     about = machine()
@@ -62,6 +80,13 @@ def main() -> None:
         right = Lookup.after
         Lookup.after = lambda *found: [token ^ 1 for token in right(*found)]  # type: ignore[method-assign]
     prompts = prompts_of(bundle, args.prompts)
+    if args.replay is not None:
+        said = {tuple(prompt): answer(plain, prompt, params)[0] for prompt in prompts}
+        bundle, stops = open_bundle(args.replay), plain.eos
+        plain = Engine(bundle, threads=args.threads)
+        guessing = Engine(bundle, threads=args.threads, speculate=args.speculate)
+        plain.eos = guessing.eos = stops
+        runtime_engine.Sampler = partial(Saying, said, min(stops))  # type: ignore[assignment,misc]
     answer(plain, prompts[0], params)  # warms up; the guessing engine has to learn its pace as in use
     rows: list[dict[str, float]] = []
     for _ in range(args.repeats):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import RequestError
+from .options import add_engine_arguments, open_engine
 
 if TYPE_CHECKING:
     from .service import ChatRequest, Done, Service
@@ -59,6 +60,7 @@ def add_ask_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="makes a drawn answer repeatable")
     parser.add_argument("--timeout", type=float, metavar="S", help="give up after this many seconds")
     parser.add_argument("--threads", type=int, help="default: as the bundle's device profile says")
+    add_engine_arguments(parser)
     parser.add_argument("--stats", action="store_true", help="print speed and memory to stderr")
 
 
@@ -66,7 +68,6 @@ def run_ask(args: argparse.Namespace) -> int:
     """Answer and return the exit status: 0 also for an answer cut at --max-tokens."""
     from .bundle import open_bundle
     from .chat import load_template
-    from .engine import Engine
     from .service import Service
     from .sounds import open_ears
     from .tokenizer import load_tokenizer
@@ -74,12 +75,13 @@ def run_ask(args: argparse.Namespace) -> int:
     request = _request(args)
     start = time.perf_counter()
     bundle = open_bundle(args.bundle)
-    engine = Engine(bundle, threads=args.threads)
     tokenizer, template = load_tokenizer(bundle), load_template(bundle)
+    engine = open_engine(bundle, args, tokenizer, reuse=False)
     ears = open_ears(bundle, threads=args.threads) if args.audio else None
     load_s = time.perf_counter() - start
     with Service(engine, tokenizer, template, model_name=bundle.name, ears=ears) as service:
         done = _print_answer(service, request)
+    engine.close()
     if args.stats:
         _print_stats(done, load_s)
     return 0

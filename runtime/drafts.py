@@ -15,11 +15,8 @@ MOST_DRAFT = 15  # with the token before them 16 rows, which the session never c
 MOST_PLACES = 24  # earlier places that are compared, the last ones first
 LONGEST_MATCH = 24  # tokens compared at a place
 NOTICED_MATCHES = (2, 3, 4, 6, 9, 16)  # matches of at least so many tokens are counted apart
-COST_SHARE = (
-    0.025  # of decoding time, at most, is lost to wrong guesses; looking them up takes the rest of 3 %
-)
-RECENT = 0.25  # weight of the last pass in the mean time of its kind
-OUTLIER = 3.0  # a pass that took longer by this factor was interrupted: counted as so long
+COST_SHARE = 0.01  # of decoding time, at most, is lost to wrong guesses, by measured times; noise adds to it
+RECENT = 5  # passes of so many rows, whose median is what one takes: interrupted ones do not count
 FADING = 0.97  # of counts, with each guess
 FIRST_SLOPE = 0.1  # of a step's time, for each row more, until it is measured
 PLAIN_EVERY = 64  # passes: how long one token takes has to be known
@@ -126,18 +123,21 @@ class Pace:
 
     def __init__(self, longest: int) -> None:
         self.longest = longest
-        self._seconds = [0.0] * (longest + 2)  # by rows; 0: not measured
+        self._times: list[deque[float]] = [deque(maxlen=RECENT) for _ in range(longest + 2)]  # by rows
+        self._seconds = [0.0] * (longest + 2)  # their medians; 0: not measured
         self._estimate = [0.0] * (longest + 2)  # the same without gaps
         self._right = [1.0] * len(NOTICED_MATCHES)  # older ones fade
         self._tried = [1.5] * len(NOTICED_MATCHES)
         self._credit_s = 0.0
-        self._passes = 0  # since one token at a time was measured
+        self._passes = -1  # with guesses, since one token was timed alone; -1: never
 
     def choose(self, match: int, most: int) -> int:
         """How many guesses to make after a match of `match` tokens, at most `most`."""
-        one, most = self._estimate[1], min(most, self.longest)
-        if not one or not match or most < 1 or self._passes >= PLAIN_EVERY:
+        most = min(most, self.longest)
+        if not match or most < 1 or not 0 <= self._passes < PLAIN_EVERY:
             return 0
+        self._estimate_all()
+        one = self._seconds[1]
         rate = self._right[_KIND[match]] / self._tried[_KIND[match]]
         best, chosen, chance, tokens = 1 / one, 0, 1.0, 1.0
         for count in range(1, most + 1):
@@ -153,19 +153,17 @@ class Pace:
 
     def learn(self, match: int, drafted: int, right: int, seconds: float) -> None:
         """A pass with `drafted` guesses, of which the first `right` were right, took so long."""
-        if known := self._seconds[drafted + 1]:
-            seconds = min(seconds, known * OUTLIER)
-            self._seconds[drafted + 1] += (seconds - known) * RECENT
-        else:
-            self._seconds[drafted + 1] = seconds
-        self._estimate_all()
+        times = self._times[drafted + 1]
+        times.append(seconds)
+        seconds = self._seconds[drafted + 1] = sorted(times)[len(times) // 2]
         if not drafted:
-            if not known:
+            if self._passes < 0:  # the first of all
                 self._credit_s = seconds
+                self._estimate_all()
             self._passes = 0
         else:
             self._passes += 1
-            self._credit_s -= seconds - (right + 1) * self._estimate[1]
+            self._credit_s -= seconds - (right + 1) * self._seconds[1]
             kind = _KIND[match]
             for guess in range(min(right + 1, drafted)):
                 self._right[kind] = self._right[kind] * FADING + (guess < right)
@@ -175,7 +173,7 @@ class Pace:
 
     @property
     def _most_credit_s(self) -> float:
-        return self._estimate[-1] - self._estimate[1]
+        return self._estimate[-1] - self._seconds[1]
 
     def _estimate_all(self) -> None:
         """A line between two measured numbers of rows; beyond the last, what a row took on average."""

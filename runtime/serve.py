@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from .bundle import open_bundle
 from .errors import ConfigError, GemmaEdgeError, RequestError
+from .options import add_engine_arguments, open_engine, pin
 from .service import MAX_TIMEOUT_S, Service
 from .transcribe import language_code
 from .transports.mqtt_address import BrokerAddress, Topics, node_from_hostname, parse_broker_url
@@ -136,6 +137,17 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         help="languages that are spoken here, as in en,de; the first is that of requests which name none "
         "(default: en)",
     )
+    speed = parser.add_argument_group("speed")
+    add_engine_arguments(speed)
+    speed.add_argument(
+        "--pin",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        default=[],
+        help="run this system prompt at the start and keep its caches: a text, or JSON messages and tools "
+        "(.json); may be repeated",
+    )
     limits = parser.add_argument_group("limits")
     limits.add_argument(
         "--queue-size", metavar="N", type=int, default=8, help="requests that may wait (default: 8)"
@@ -225,14 +237,17 @@ def run_serve(args: argparse.Namespace) -> int:
 
     def load() -> Service:
         from .chat import load_template
-        from .engine import Engine
         from .sounds import open_ears
         from .tokenizer import load_tokenizer
 
+        tokenizer, template = load_tokenizer(bundle), load_template(bundle)
+        engine = open_engine(bundle, args, tokenizer)
+        for file in args.pin:
+            pin(engine, tokenizer, template, file)
         return Service(
-            Engine(bundle, threads=args.threads),
-            load_tokenizer(bundle),
-            load_template(bundle),
+            engine,
+            tokenizer,
+            template,
             model_name=bundle.name,
             queue_size=args.queue_size,
             max_answer_tokens=args.max_tokens,

@@ -164,6 +164,9 @@ def _totals(done: Done) -> dict[str, Any]:
         "ttft_s": round(stats.ttft_s, 4),
         "decode_s": round(stats.decode_s, 4),
         "decode_tokens_per_s": round(stats.decode_tokens_per_s, 2),
+        "reused_tokens": stats.reused_tokens,
+        "drafted_tokens": stats.drafted,
+        "accepted_tokens": stats.accepted,
     }
     return {"usage": counts, "timings": timings}
 
