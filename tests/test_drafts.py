@@ -42,7 +42,7 @@ def test_whatever_is_taken_back_nothing_is_left_of_it(tiny_bundle, device: dict)
         plain.append(session.logits.copy())
         states[position + 1] = session.caches.copy(position + 1)
     bound = 2e-3 if not device else 0.3  # rounded caches: a last bit may differ
-    for seed in range(4):
+    for seed in range(2):
         drawn = random.Random(seed)
         session.prefill(np.asarray(ids[:5]), 0, last=True)
         position, lengths = 5, set()
