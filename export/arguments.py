@@ -27,6 +27,11 @@ def add_export_arguments(parser: argparse.ArgumentParser, *, out_is_positional: 
     else:
         parser.add_argument("--out", type=Path, metavar="DIR", help=default)
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
+    add_hub_arguments(parser)
+
+
+def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which of the Hub's revisions, and whether it may be asked."""
     parser.add_argument("--revision", metavar="REV", help="Hub branch, tag or commit")
     parser.add_argument("--offline", action="store_true", help="never ask the Hub; take what its cache has")
 

@@ -6,7 +6,6 @@ next, and transformers' defaults for what neither says.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from ..runtime.bundle import Audio, AudioTokens, MelSettings
 from ..runtime.errors import ConfigError
 from .audio_geometry import CALL_TOKENS, FRAMES_PER_TOKEN, AudioModel
+from .source import read_json
 
 PROCESSOR = "processor_config.json"
 PREPROCESSOR = "preprocessor_config.json"
@@ -144,18 +144,18 @@ def _is_number(value: Any) -> bool:
 
 def _extractor(folder: Path) -> tuple[dict[str, Any], str]:
     """The feature extractor's settings and where they are from."""
-    nested = _read_json(folder / PROCESSOR)
+    nested = read_json(folder / PROCESSOR)
     for key in ("feature_extractor", "audio_processor"):
         if isinstance(nested.get(key), dict):
             return nested[key], f"{folder / PROCESSOR}: {key}"
-    flat = _read_json(folder / PREPROCESSOR)
+    flat = read_json(folder / PREPROCESSOR)
     # The file may be an image processor's, under the same name.
     is_extractor = "feature_extractor_type" in flat or "feature_size" in flat
     return (flat if is_extractor else {}), str(folder / PREPROCESSOR)
 
 
 def _max_tokens(folder: Path) -> int:
-    limit = _read_json(folder / PROCESSOR).get("audio_seq_length", DEFAULT_MAX_TOKENS)
+    limit = read_json(folder / PROCESSOR).get("audio_seq_length", DEFAULT_MAX_TOKENS)
     if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
         raise ConfigError(f"{folder / PROCESSOR}: audio_seq_length is {limit!r}, expected a positive integer")
     return limit
@@ -169,16 +169,3 @@ def _tokens(config: dict[str, Any], where: str, vocab_size: int) -> AudioTokens:
             raise ConfigError(f"{where}: {keys[0]} is {value!r}, expected a token id under {vocab_size}")
         found[name] = value
     return AudioTokens(**found)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`, empty if there is no such file."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as cause:
-        raise ConfigError(f"{path}: not valid JSON ({cause}); download it again") from cause
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a JSON object; download it again")
-    return data

@@ -45,7 +45,7 @@ from .plan import AUDIO_DATA, DECODER_DATA, EMBEDDINGS_DATA, Plan
 from .qat_plan import plan_for
 from .recipes import Recipe
 from .sentencepiece_model import write_sentencepiece_model
-from .source import CheckpointSource
+from .source import CheckpointSource, read_json
 from .store import DataFile, Progress, StoredWeight, store_weights
 from .trace import trace_audio, trace_decoder, trace_embeddings
 
@@ -221,9 +221,9 @@ def _read_ears(job: Job, model: TextModel) -> tuple[AudioModel, Audio] | None:
 
 def _read_tokens(folder: Path) -> Tokens:
     """Token ids from generation_config.json, else from config.json."""
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     found: dict[str, Any] = {}
-    for source in (config.get("text_config") or {}, config, _read_json(folder / "generation_config.json")):
+    for source in (config.get("text_config") or {}, config, read_json(folder / "generation_config.json")):
         found |= {name: value for name, value in source.items() if value is not None}
     if "eos_token_id" not in found or "bos_token_id" not in found:
         raise ExportError(
@@ -237,24 +237,11 @@ def _read_tokens(folder: Path) -> Tokens:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`, empty if there is no such file."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as cause:
-        raise ExportError(f"{path}: not valid JSON ({cause}); download it again") from cause
-    if not isinstance(data, dict):
-        raise ExportError(f"{path}: expected a JSON object; download it again")
-    return data
-
-
 def _read_template(folder: Path) -> str:
     """The chat template: a file of its own, or part of the tokenizer's settings."""
     if (folder / TEMPLATE).is_file():
         return (folder / TEMPLATE).read_text(encoding="utf-8")
-    template = _read_json(folder / "tokenizer_config.json").get("chat_template")
+    template = read_json(folder / "tokenizer_config.json").get("chat_template")
     if not isinstance(template, str):
         raise ExportError(f"{folder}: no {TEMPLATE}; a bundle needs the checkpoint's chat template")
     return template

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ..runtime.errors import GemmaEdgeError
+from ..runtime.errors import ConfigError, GemmaEdgeError
 from .checkpoint import weight_files
 
 NANO = "nano"
@@ -49,6 +51,19 @@ def find_checkpoint(asked: str, *, revision: str | None = None, offline: bool = 
 def nano_folder() -> Path:
     """models/nano beside the package's source."""
     return Path(__file__).resolve().parents[1] / "models" / NANO
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in one of a checkpoint's files, empty if there is no such file. Raises ConfigError."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as cause:
+        raise ConfigError(f"{path}: not valid JSON ({cause}); download it again") from cause
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a JSON object; download it again")
+    return data
 
 
 _INSTEAD = "To try everything with the bundled model, pass `--model nano` (make: MODEL=nano)."

@@ -10,6 +10,7 @@ import torch
 from transformers import Gemma4ForCausalLM
 
 from .support.graph_runner import GraphRunner
+from .support.shapes import VALUES_ARE_KEYS
 
 PROMPT, STEPS = 40, 64
 TOLERANCE = 1e-3
@@ -57,17 +58,7 @@ SHAPES: dict[str, tuple[dict[str, Any], int]] = {
         ),
         2,
     ),
-    "values are keys": (
-        dict(
-            num_hidden_layers=4,
-            layer_types=[S, F] * 2,
-            num_kv_shared_layers=1,
-            num_key_value_heads=2,
-            num_global_key_value_heads=1,
-            attention_k_eq_v=True,
-        ),
-        4,
-    ),
+    "values are keys": (VALUES_ARE_KEYS, 4),
     "all full": (dict(num_hidden_layers=3, layer_types=[F] * 3, num_kv_shared_layers=1), 4),
     "one layer": (dict(num_hidden_layers=1, layer_types=[F], num_kv_shared_layers=0), 4),
     "window beyond the context, swapped rope": (

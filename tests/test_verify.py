@@ -24,6 +24,7 @@ from gemma_edge.export.verify.tensors import SourceWeights
 from gemma_edge.export.verify.weights import check_weights
 from gemma_edge.runtime.bundle import MANIFEST, open_bundle, sha256_file
 
+from .support.shapes import VALUES_ARE_KEYS
 from .support.tiny_bundles import TinyBundle, export_tiny
 from .support.tiny_checkpoint import write_tiny_checkpoint
 from .support.tiny_qat import tiny_qat_model, write_qat_checkpoint
@@ -37,15 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "several kv heads, last source sliding": dict(
         num_hidden_layers=5, layer_types=[F, S, S, S, F], num_kv_shared_layers=2, num_key_value_heads=2
     ),
-    "values are keys, no softcap": dict(
-        num_hidden_layers=4,
-        layer_types=[S, F] * 2,
-        num_kv_shared_layers=1,
-        num_key_value_heads=2,
-        num_global_key_value_heads=1,
-        attention_k_eq_v=True,
-        final_logit_softcapping=None,
-    ),
+    "values are keys, no softcap": VALUES_ARE_KEYS | dict(final_logit_softcapping=None),
 }
 WORDS = ("temperature", "humidity rising above the limit", "window")
 PROMPTS = [

@@ -20,7 +20,8 @@ from msgspec import UNSET, UnsetType
 
 from ...runtime.errors import ConfigError
 from ...runtime.strict import decode_yaml_file
-from ...runtime.transports.mqtt_address import BrokerAddress, Topics, node_from_hostname, parse_broker_url
+from ...runtime.transports.mqtt_address import BrokerAddress, Topics, node_from_hostname
+from ..broker import broker_of
 from . import topics
 from .window import DAY_S
 
@@ -157,18 +158,7 @@ class Config(Struct, frozen=True, kw_only=True):
     @property
     def broker_address(self) -> BrokerAddress:
         """Raises ConfigError."""
-        password = None
-        if self.password_file is not None:
-            try:
-                password = Path(self.password_file).read_text(encoding="utf-8").split("\n")[0].strip()
-            except OSError as cause:
-                raise ConfigError(
-                    f"password_file: {self.password_file} cannot be read ({cause.strerror})"
-                ) from cause
-        try:
-            return parse_broker_url(self.broker, password=password)
-        except ConfigError as error:
-            raise ConfigError(str(error).replace("--mqtt: ", "broker: ")) from error
+        return broker_of(self.broker, self.password_file)
 
 
 @dataclass(frozen=True)

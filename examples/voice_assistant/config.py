@@ -15,7 +15,8 @@ import msgspec
 from ...runtime.errors import ConfigError, RequestError
 from ...runtime.strict import decode_yaml_file
 from ...runtime.transcribe import language_code
-from ...runtime.transports.mqtt_address import BrokerAddress, parse_broker_url
+from ...runtime.transports.mqtt_address import BrokerAddress
+from ..broker import broker_of
 
 PLACE = re.compile(r"\{(\w+)\}")  # a parameter in a topic or payload
 Value = str | int | float | bool
@@ -113,18 +114,7 @@ class Config(Struct, frozen=True, kw_only=True):
     @property
     def broker_address(self) -> BrokerAddress:
         """Raises ConfigError."""
-        password = None
-        if self.password_file is not None:
-            try:
-                password = Path(self.password_file).read_text(encoding="utf-8").split("\n")[0].strip()
-            except OSError as cause:
-                raise ConfigError(
-                    f"password_file: {self.password_file} cannot be read ({cause.strerror})"
-                ) from cause
-        try:
-            return parse_broker_url(self.broker, password=password)
-        except ConfigError as error:
-            raise ConfigError(str(error).replace("--mqtt: ", "broker: ")) from error
+        return broker_of(self.broker, self.password_file)
 
 
 def load_config(path: Path) -> Config:

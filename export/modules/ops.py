@@ -64,26 +64,17 @@ class RMSNorm(nn.Module):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return symbolic(
-        "SimplifiedLayerNormalization",
-        (x, weight),
-        attrs=dict(axis=-1, epsilon=eps, stash_type=1),
-        dtype=x.dtype,
-        shape=x.shape,
-        version=1,
-    )
+    return _normalized("SimplifiedLayerNormalization", x, weight, eps, version=1)
 
 
 def layer_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """(x - mean) / deviation * weight over the last axis."""
-    return symbolic(
-        "LayerNormalization",
-        (x, weight),
-        attrs=dict(axis=-1, epsilon=eps, stash_type=1),
-        dtype=x.dtype,
-        shape=x.shape,
-        version=17,
-    )
+    return _normalized("LayerNormalization", x, weight, eps, version=17)
+
+
+def _normalized(op: str, x: Tensor, weight: Tensor, eps: float, *, version: int) -> Tensor:
+    attrs = dict(axis=-1, epsilon=eps, stash_type=1)
+    return symbolic(op, (x, weight), attrs=attrs, dtype=x.dtype, shape=x.shape, version=version)
 
 
 def strided_convolution(x: Tensor, weight: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..arguments import add_hub_arguments
+
 MAX_TOKENS = 8192
 
 
@@ -34,8 +36,7 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=int, metavar="N", help="default: the CPUs there are")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here too")
-    parser.add_argument("--revision", metavar="REV", help="Hub branch, tag or commit")
-    parser.add_argument("--offline", action="store_true", help="never ask the Hub; take what its cache has")
+    add_hub_arguments(parser)
 
 
 def _at_least_two(text: str) -> int:
