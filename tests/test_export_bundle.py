@@ -168,6 +168,8 @@ def test_an_interrupted_export_leaves_nothing(checkpoint: Path, tmp_path: Path, 
         [*command, "--device", str(profile), "--recipe", "fp32", "--out", str(out)],
         stderr=subprocess.PIPE,
         env=os.environ | {"PYTHONFAULTHANDLER": ""},
+        # Whoever runs the tests in the background may have set it to be ignored, which is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not out.with_name("bundle.partial").exists() and process.poll() is None:
