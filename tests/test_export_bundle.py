@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,15 @@ def test_a_tokenizer_of_another_kind_leaves_nothing(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
+@pytest.fixture
+def heeds_ctrl_c() -> Iterator[None]:
+    """Tests that run in the background inherit an ignored SIGINT, and would hand it on."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_export_leaves_nothing(checkpoint: Path, tmp_path: Path, number: signal.Signals):
     profile = write_profile(tmp_path, tiny_profile())
@@ -168,8 +178,6 @@ def test_an_interrupted_export_leaves_nothing(checkpoint: Path, tmp_path: Path, 
         [*command, "--device", str(profile), "--recipe", "fp32", "--out", str(out)],
         stderr=subprocess.PIPE,
         env=os.environ | {"PYTHONFAULTHANDLER": ""},
-        # Whoever runs the tests in the background may have set it to be ignored, which is inherited.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not out.with_name("bundle.partial").exists() and process.poll() is None:
