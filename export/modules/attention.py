@@ -19,22 +19,22 @@ Cache = tuple[Tensor, Tensor]  # keys and values, (1, kv_heads, capacity, head_d
 
 
 class Attention(nn.Module):
-    """Rotary grouped-query attention with normalised heads and scale 1."""
+    """Rotary grouped-query attention with normalised heads and scale 1. inner: its number type."""
 
-    def __init__(self, model: TextModel, layer: Layer) -> None:
+    def __init__(self, model: TextModel, layer: Layer, inner: torch.dtype = torch.float32) -> None:
         super().__init__()
         shape, eps = model.geometry, model.rms_norm_eps
         self.layer, self.eps, self.heads = layer, eps, shape.num_attention_heads
         self.window = shape.sliding_window if layer.is_sliding else None
-        self.q_proj = ops.Linear(shape.hidden_size, self.heads * layer.head_dim)
-        self.q_norm = ops.RMSNorm(layer.head_dim, eps)
-        self.o_proj = ops.Linear(self.heads * layer.head_dim, shape.hidden_size)
+        self.q_proj = ops.Linear(shape.hidden_size, self.heads * layer.head_dim, inner)
+        self.q_norm = ops.RMSNorm(layer.head_dim, eps, inner)
+        self.o_proj = ops.Linear(self.heads * layer.head_dim, shape.hidden_size, inner)
         if not layer.is_shared:
             width = layer.kv_heads * layer.head_dim
-            self.k_proj = ops.Linear(shape.hidden_size, width)
-            self.k_norm = ops.RMSNorm(layer.head_dim, eps)
+            self.k_proj = ops.Linear(shape.hidden_size, width, inner)
+            self.k_norm = ops.RMSNorm(layer.head_dim, eps, inner)
             values_are_keys = model.keys_are_values and not layer.is_sliding
-            self.v_proj = None if values_are_keys else ops.Linear(shape.hidden_size, width)
+            self.v_proj = None if values_are_keys else ops.Linear(shape.hidden_size, width, inner)
 
     def write_and_attend(self, x: Tensor, past: Cache, step: Step) -> tuple[Tensor, Cache]:
         """All S rows of x write the cache and attend."""
@@ -144,7 +144,12 @@ class Attention(nn.Module):
 
 
 def declare_attention_constants(
-    constants: Constants, model: TextModel, *, context: int, kv_dtype: KvDtype
+    constants: Constants,
+    model: TextModel,
+    *,
+    context: int,
+    kv_dtype: KvDtype,
+    inner: torch.dtype = torch.float32,
 ) -> None:
     """Rotary tables of `context` rows, reshape targets, empty keys, and the scales of an int8 cache."""
     heads = model.geometry.num_attention_heads
@@ -152,10 +157,10 @@ def declare_attention_constants(
         head_dim, rope = layer.head_dim, model.rope[layer.layer_type]
         for part, name in enumerate(("cos", "sin")):
             make = partial(_rope_part, rope, head_dim, context, part)
-            constants.declare(f"{name}_{layer.layer_type}", (context, head_dim // 2), torch.float32, make)
-        constants.filled(f"ones_{head_dim}", (head_dim,), 1.0)
-        constants.filled(f"zeros_1x{heads * head_dim}", (1, 1, heads * head_dim), 0.0)
-        constants.filled(f"zeros_0x{layer.kv_heads * head_dim}", (1, 0, layer.kv_heads * head_dim), 0.0)
+            constants.declare(f"{name}_{layer.layer_type}", (context, head_dim // 2), inner, make)
+        constants.filled(f"ones_{head_dim}", (head_dim,), 1.0, inner)
+        constants.filled(f"zeros_1x{heads * head_dim}", (1, 1, heads * head_dim), 0.0, inner)
+        constants.filled(f"zeros_0x{layer.kv_heads * head_dim}", (1, 0, layer.kv_heads * head_dim), 0.0, inner)
         for count in (heads, layer.kv_heads):
             # No -1: Reshape cannot work out a dimension of a tensor with zero rows.
             constants.integers(f"split_{count}x{head_dim}", 0, 0, count, head_dim)

@@ -28,8 +28,10 @@ class Constants(nn.Module):
     def integers(self, name: str, *values: int) -> None:
         self.declare(name, (len(values),), torch.int64, lambda _: np.array(values, np.int64))
 
-    def filled(self, name: str, shape: tuple[int, ...], value: float) -> None:
-        self.declare(name, shape, torch.float32, lambda _: np.full(shape, value, np.float32))
+    def filled(
+        self, name: str, shape: tuple[int, ...], value: float, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.declare(name, shape, dtype, lambda _: np.full(shape, value, np.float32))
 
     def __getitem__(self, name: str) -> Tensor:
         return self.get_buffer(name)

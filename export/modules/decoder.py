@@ -18,6 +18,10 @@ from .attention import Attention, Cache, declare_attention_constants
 from .constants import Constants
 from .step import Step, declare_step_constants, read_step
 
+# Products of the MLP may exceed float16's range: with float16 inside, up_proj's weights are stored times this
+# (`plan` does so), and the norm after down_proj, which does not care for its input's scale, takes it out again.
+PRODUCT_GAIN = 2**-6
+
 ACTIVATIONS = {
     "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
     "gelu": functional.gelu,
@@ -27,13 +31,19 @@ ACTIVATIONS = {
 
 
 class Decoder(nn.Module):
-    """The whole text model above its embedding tables."""
+    """The whole text model above its embedding tables.
 
-    def __init__(self, model: TextModel, *, context: int, kv_dtype: KvDtype) -> None:
+    inner: the number type of attention and MLP. The residual stream, the per-layer inputs and the head, whose
+    values have no bound that float16 could hold, are always float32.
+    """
+
+    def __init__(
+        self, model: TextModel, *, context: int, kv_dtype: KvDtype, inner: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         shape = model.geometry
         self.model = model
-        self.layers = nn.ModuleList([DecoderLayer(model, layer) for layer in model.layers])
+        self.layers = nn.ModuleList([DecoderLayer(model, layer, inner) for layer in model.layers])
         self.norm = ops.RMSNorm(shape.hidden_size, model.rms_norm_eps)
         self.lm_head = ops.Linear(shape.hidden_size, shape.vocab_size)
         self.constants = Constants()
@@ -42,7 +52,9 @@ class Decoder(nn.Module):
             self.per_layer_projection_norm = ops.RMSNorm(width, model.rms_norm_eps)
             self._declare_splits()
         declare_step_constants(self.constants)
-        declare_attention_constants(self.constants, model, context=context, kv_dtype=kv_dtype)
+        declare_attention_constants(
+            self.constants, model, context=context, kv_dtype=kv_dtype, inner=inner
+        )
 
     def forward(
         self,
@@ -54,10 +66,15 @@ class Decoder(nn.Module):
         kept_rows: Tensor,  # (R,) stands for the dimension R while tracing, never used as data
         past: list[Tensor],  # keys and values of the layers that own a cache
     ) -> tuple[Tensor, ...]:
-        last_cached = self.model.last_cached
         step = read_step(
             self.constants, self.model, attention_mask, position_ids, logits_to_keep, kept_rows, past
         )
+        return self.run(inputs_embeds, per_layer_inputs, step, past)
+
+    def run(
+        self, inputs_embeds: Tensor, per_layer_inputs: Tensor | None, step: Step, past: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        last_cached = self.model.last_cached
         extras = self._per_layer_extras(inputs_embeds, per_layer_inputs, step)
         hidden = inputs_embeds
         caches: dict[int, Cache] = {}
@@ -129,16 +146,17 @@ class Decoder(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention, gated MLP and the per-layer input, each added to the residual stream through a norm."""
 
-    def __init__(self, model: TextModel, layer: Layer) -> None:
+    def __init__(self, model: TextModel, layer: Layer, inner: torch.dtype = torch.float32) -> None:
         super().__init__()
         shape, eps = model.geometry, model.rms_norm_eps
+        gain = PRODUCT_GAIN if inner == torch.float16 else 1.0
         self.layer = layer
-        self.self_attn = Attention(model, layer)
-        self.mlp = Mlp(shape.hidden_size, layer.intermediate_size, model.activation)
-        self.input_layernorm = ops.RMSNorm(shape.hidden_size, eps)
+        self.self_attn = Attention(model, layer, inner)
+        self.mlp = Mlp(shape.hidden_size, layer.intermediate_size, model.activation, inner)
+        self.input_layernorm = ops.RMSNorm(shape.hidden_size, eps, inner)
         self.post_attention_layernorm = ops.RMSNorm(shape.hidden_size, eps)
-        self.pre_feedforward_layernorm = ops.RMSNorm(shape.hidden_size, eps)
-        self.post_feedforward_layernorm = ops.RMSNorm(shape.hidden_size, eps)
+        self.pre_feedforward_layernorm = ops.RMSNorm(shape.hidden_size, eps, inner)
+        self.post_feedforward_layernorm = ops.RMSNorm(shape.hidden_size, eps * gain**2)
         self.register_buffer("layer_scalar", torch.empty(1))
         self.activation = ACTIVATIONS[model.activation]
         if width := shape.hidden_size_per_layer_input:
@@ -172,11 +190,17 @@ class DecoderLayer(nn.Module):
 
 
 class Mlp(nn.Module):
-    def __init__(self, hidden_size: int, intermediate_size: int, activation: str) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: str,
+        inner: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
-        self.gate_proj = ops.Linear(hidden_size, intermediate_size)
-        self.up_proj = ops.Linear(hidden_size, intermediate_size)
-        self.down_proj = ops.Linear(intermediate_size, hidden_size)
+        self.gate_proj = ops.Linear(hidden_size, intermediate_size, inner)
+        self.up_proj = ops.Linear(hidden_size, intermediate_size, inner)
+        self.down_proj = ops.Linear(intermediate_size, hidden_size, inner)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:

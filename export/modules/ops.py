@@ -20,13 +20,14 @@ Shape = Sequence[int | torch.SymInt]
 
 
 class Linear(nn.Module):
-    """y = x W^T, W: (out_features, in_features)."""
+    """y = x W^T, W: (out_features, in_features). dtype: that of x and y."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
+        assert x.dtype == self.weight.dtype, f"x is {x.dtype}, the product is declared for {self.weight.dtype}"
         shape = (*x.shape[:-1], self.weight.shape[0])
         return symbolic(
             f"{PLACEHOLDER_DOMAIN}::{LINEAR}", (x, self.weight), dtype=x.dtype, shape=shape, version=1
@@ -52,11 +53,11 @@ class Table(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis."""
+    """x / rms(x) * weight over the last axis, computed in float32. dtype: of the result; x may have another."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
+        self.weight = nn.Parameter(torch.empty(width, dtype=dtype))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ def layer_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _normalized(op: str, x: Tensor, weight: Tensor, eps: float, *, version: int) -> Tensor:
     attrs = dict(axis=-1, epsilon=eps, stash_type=1)
-    return symbolic(op, (x, weight), attrs=attrs, dtype=x.dtype, shape=x.shape, version=version)
+    return symbolic(op, (x, weight), attrs=attrs, dtype=weight.dtype, shape=x.shape, version=version)
 
 
 def strided_convolution(x: Tensor, weight: Tensor) -> Tensor:
