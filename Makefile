@@ -17,6 +17,7 @@ TYPED ?=
 SPEAK ?=
 HOME_FILE ?=
 BROKER ?= demo
+EXTRAS ?= cpu,http,audio
 # The values reach the shell through the environment, unexpanded, so that quotes and dollar signs in them are safe.
 override PROMPT := $(value PROMPT)
 override MODEL := $(value MODEL)
@@ -55,12 +56,12 @@ own_model = $(if $(filter nano,$(OWN_MODEL)),models/nano,"$$OWN_MODEL")
 # The benchmarks that take a bundle.
 BUNDLE_BENCHES := $(sort $(shell grep -l 'add_argument."bundle"' bench/*.py))
 
-.PHONY: help setup setup-device export ask serve demo voice test test-slow bench lint clean distclean
+.PHONY: help setup setup-device export ask serve demo voice test test-slow test-arm64 bench lint clean distclean
 
 help: ## this list
 	@echo "usage: make TARGET [NAME=VALUE ...]"
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  DEVICE=NAME   a device profile, an alias, a YAML file, or auto (the default): gemma-edge devices lists them"
 	@echo "  MODEL=NAME    nano, a folder or a Hub id (export: default by device; ask, serve, demo: nano)"
@@ -72,6 +73,7 @@ help: ## this list
 	@echo "  WAV=FILE      a recording for voice, instead of the microphone; TYPED=1: the keyboard"
 	@echo "  SPEAK=HOW     how voice answers: auto, piper, espeak, off, or FILE.wav"
 	@echo "  HOME_FILE=F   tools and settings of voice (default: the example's); BROKER=URL (default: one of its own)"
+	@echo "  EXTRAS=LIST   what setup-device installs (default: cpu,http,audio; docs/install.md)"
 	@echo "  PYTHON=PATH   the Python of .venv (3.11 or later)"
 
 setup: $(READY) ## make .venv with the gemma-edge command and all that export and the tests need
@@ -96,10 +98,13 @@ voice: $(if $(BUNDLE),$(READY),$(NEEDS)) ## a voice assistant (WAV=recording, TY
 		$${WAV:+--wav "$$WAV"} $(if $(TYPED),--text) $${SPEAK:+--speak "$$SPEAK"} $${HOME_FILE:+--home "$$HOME_FILE"}
 
 test: lint ## lint, types and the fast tests
-	@$(VENV_PYTHON) -m pytest -m "not slow"
+	@$(VENV_PYTHON) -m pytest -m "not slow and not arm64"
 
 test-slow: $(READY) ## the tests that take minutes or a full-size model
 	@$(VENV_PYTHON) -m pytest -m slow
+
+test-arm64: $(READY) ## the wheel on emulated Raspberry Pis: aarch64 wheels, text, sound, MQTT, HTTP (qemu-user)
+	@$(VENV_PYTHON) -m pytest -m arm64
 
 bench: $(if $(BUNDLE),$(READY),$(NEEDS)) ## speed of a bundle and of the daemon (BUNDLE= or DEVICE= MODEL= RECIPE= CONTEXT=)
 	@set -e; for script in $(BUNDLE_BENCHES); do \
@@ -131,8 +136,8 @@ $(READY): pyproject.toml tools/install_torch.sh
 
 $(READY_DEVICE): pyproject.toml
 	@$(call make_venv)
-	@echo "installing gemma-edge's runtime into $(VENV)"
-	@$(VENV_PYTHON) -m pip --disable-pip-version-check install --quiet --quiet -e ".[http,audio]"
+	@echo "installing gemma-edge's runtime ($(EXTRAS)) into $(VENV)"
+	@$(VENV_PYTHON) -m pip --disable-pip-version-check install --quiet --quiet -e ".[$(EXTRAS)]"
 	@touch $@
 	@echo "ready: $(GEMMA_EDGE)"
 

@@ -80,6 +80,15 @@ def main(argv: list[str] | None = None) -> int:
     except GemmaEdgeError as error:
         print(f"gemma-edge: {error}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        if error.name != "onnxruntime":
+            raise
+        print(
+            "gemma-edge: onnxruntime is not installed: pip install 'gemma-edge[cpu]', or 'gemma-edge[cuda]' for "
+            "an NVIDIA GPU (a Jetson: docs/install.md)",
+            file=sys.stderr,
+        )
+        return 1
     except BrokenPipeError:
         return 1
     except KeyboardInterrupt:
