@@ -15,7 +15,13 @@ from transformers import Gemma4AudioFeatureExtractor
 from gemma_edge.examples.nano_model import evaluate as evaluation
 from gemma_edge.examples.nano_model import speech, spoken
 from gemma_edge.examples.nano_model import train as training
-from gemma_edge.examples.nano_model.batches import ALPHABET, SpokenBatches, characters, spoken_texts
+from gemma_edge.examples.nano_model.batches import (
+    ALPHABET,
+    SpokenBatches,
+    characters,
+    known_words,
+    spoken_texts,
+)
 from gemma_edge.examples.nano_model.corpus import Encoder
 from gemma_edge.examples.nano_model.hearing import MAX_SAMPLES, TOKEN, LogMel, Teacher, hear, soft_tokens
 from gemma_edge.examples.nano_model.model import load_weights, new_model
@@ -177,22 +183,47 @@ class TestHearing:
     def test_lessons_know_their_answers(self, batch: dict[str, torch.Tensor]):
         """A teacher whose heads are given the answers has nothing left to teach."""
         sounds, said = batch["sounds"], batch["said"]
-        used = batch["samples"] > 0
+        assert (batch["samples"] > 0).any()
         mask = torch.zeros(sounds.shape, dtype=torch.bool)
         for row, samples in enumerate(batch["samples"].tolist()):
             mask[row, : soft_tokens(samples)] = samples > 0
         assert ((sounds >= 0) | ~mask).float().mean() > 0.98
-        teacher = Teacher(sounds.shape[1], 100, len(ALPHABET))
+        teacher = Teacher(sounds.shape[1], 8, 100, len(ALPHABET))
         heard = torch.zeros(*sounds.shape, sounds.shape[1])
         made, spelled = teacher.losses(heard, mask, sounds, said)
         assert made > 3 and spelled > 3
         with torch.no_grad():
-            teacher = Teacher(101, 100, len(ALPHABET))
+            teacher = Teacher(101, 8, 100, len(ALPHABET))
             teacher.sounds.weight.copy_(30 * torch.eye(101))
             teacher.sounds.bias.zero_()
         made, _ = teacher.losses(torch.eye(101)[sounds.clamp_min(0)], mask, sounds, said)
         assert made < 1e-3
-        assert used.any()
+        table, words = torch.eye(64)[:32], batch["words"][mask] % 32
+        teacher = Teacher(8, 64, 100, len(ALPHABET))
+        with torch.no_grad():
+            teacher.silence.weight.copy_(60 * torch.eye(64)[63])
+            teacher.sharpness.fill_(4)
+        soft = torch.where((words == 0)[:, None], torch.eye(64)[63], torch.eye(64)[words])
+        assert teacher.words_loss(soft, words, table) < 1e-3
+        assert teacher.words_loss(soft.roll(1, 0), words, table) > 3
+
+    @given(seeds)
+    @settings(max_examples=50, deadline=None)
+    def test_words_are_known_when_they_have_been_said(self, encoder: Encoder, seed: int):
+        """In order, all of them, none before its end unless the clip is too short for the rest."""
+        rng = random.Random(seed)
+        text = spoken.transcript_dialogue(rng)[-1]["content"]
+        said = speech.say(text, speech.random_speaker(rng))
+        assert len(said.ends) == len(text.split()) and (np.diff(said.ends) >= 0).all()
+        assert said.ends[0] > 0 and said.ends[-1] <= len(said.samples)
+        tokens = encoder.tokenizer.encode(text, add_special_tokens=False).ids
+        long = known_words(encoder, text, said.ends, len(said.samples) // TOKEN + 40)
+        assert [token for token in long.tolist() if token] == tokens
+        assert int(np.flatnonzero(long)[-1]) * TOKEN >= said.ends[-1]
+        short = known_words(encoder, text, said.ends, len(said.samples) // TOKEN + 1)
+        assert [token for token in short.tolist() if token] == tokens
+        first, whole = np.flatnonzero(long), np.flatnonzero(short)
+        assert (whole <= first).all()
 
     def test_a_clip_is_where_its_sounds_say(self, batch: dict[str, torch.Tensor]):
         """Silence before and after the speech, in the samples and in the lesson."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,8 @@ class SpokenBatches(IterableDataset[dict[str, Tensor]]):
     """Packed rows of dialogues with spoken turns, their clips in the order of the rows, and what is said.
 
     `clips` (clips, MAX_SAMPLES) int16, clean speech; `samples` (clips,): 0 for one that is not used; `sounds`
-    (clips, tokens): the class of each soft token; `said` (clips, chars): the sentence, 0 behind it.
+    (clips, tokens): the class of each soft token; `words` (clips, tokens): the text's token that is
+    known there, 0 for none; `said` (clips, chars): the sentence, 0 behind it.
     """
 
     def __init__(self, folder: Path, seed: int, rows: int, clips: int, row: int = ROW) -> None:
@@ -64,6 +66,7 @@ class SpokenBatches(IterableDataset[dict[str, Tensor]]):
             clips = np.zeros((self.clips, MAX_SAMPLES), np.int16)
             samples = np.zeros(self.clips, np.int64)
             sounds = np.full((self.clips, soft_tokens(MAX_SAMPLES + 1)), UNKNOWN, np.int64)
+            words = np.full_like(sounds, UNKNOWN)
             said: list[str] = []
             for r in range(self.rows):
                 while True:
@@ -87,11 +90,15 @@ class SpokenBatches(IterableDataset[dict[str, Tensor]]):
                         samples[at] = clip.length
                         count = soft_tokens(clip.length)
                         sounds[at, :count] = clip.speech.sounds_at(np.arange(count) * TOKEN - clip.before)
+                        words[at, :count] = known_words(
+                            encoder, clip.text, clip.before + clip.speech.ends, count
+                        )
                         said.append(clip.text)
             yield rows.tensors() | {
                 "clips": torch.from_numpy(clips),
                 "samples": torch.from_numpy(samples),
                 "sounds": torch.from_numpy(sounds),
+                "words": torch.from_numpy(words),
                 "said": torch.from_numpy(characters(said, self.clips)),
             }
 
@@ -127,13 +134,38 @@ def _draw(rng: random.Random, encoder: Encoder, row: int) -> list[_Spoken]:
     for _ in range(USES):
         clips = []
         for text, said in speech:
-            before, after = (int(RATE_HZ * rng.uniform(0.05, 0.45)) for _ in range(2))
+            before, after = silence(rng)
             clips.append(_Clip(text, said, before, before + len(said.samples) + after))
         if any(clip.length > MAX_SAMPLES for clip in clips):
             continue
         ids, learned = encoder.encode(messages, tools, [soft_tokens(clip.length) for clip in clips])
         if len(ids) <= row:
             found.append((ids, learned, clips))
+    return found
+
+
+def silence(rng: random.Random) -> tuple[int, int]:
+    """Samples of it before and after a sentence; an ear that waits for the end of speech hears the second."""
+    return int(RATE_HZ * rng.uniform(0.05, 0.45)), int(RATE_HZ * rng.uniform(0.15, 0.6))
+
+
+def known_words(encoder: Encoder, text: str, ends: np.ndarray, count: int) -> np.ndarray:
+    """(count,) int64: the text's tokens, one a soft token, each when its word has been said; 0 elsewhere.
+
+    `ends`: the sample at which each word ends. If the clip is too short for all, the last come earlier.
+    """
+    encoded = encoder.tokenizer.encode(text, add_special_tokens=False)
+    last = [match.end() for match in re.finditer(r"\S+", text)]
+    found = np.zeros(count, np.int64)
+    places: list[int] = []
+    for _, end in encoded.offsets:
+        word = next(i for i, place in enumerate(last) if place >= end)
+        due = int(ends[word] // TOKEN) + 1
+        places.append(max(due, places[-1] + 1 if places else 0))
+    for behind, index in enumerate(range(len(places) - 1, -1, -1)):
+        places[index] = min(places[index], count - 1 - behind)
+    if places and places[0] >= 0:
+        found[places] = encoded.ids
     return found
 
 

@@ -371,6 +371,8 @@ ACTIONS = (
             P("Read {sensor}."),
             P("Current value of {sensor}?"),
             P("How is {sensor} now?"),
+            P("What is the {sensor}?"),
+            P("Tell me the {sensor}."),
         ),
         "{sensor} reads {value}.",
     ),
@@ -383,6 +385,14 @@ _SYSTEMS = (
     "",
 )
 NO_TOOL = "I have no tool for that."
+_LISTED = ("room", "door", "device", "zone", "sensor")  # slots whose names a tool may list
+_UNKNOWN_NAMES = 1 / 6
+_ERRORS = (
+    "unreachable",
+    "no value",
+    "its last value is {n} minutes old",
+    "its last message cannot be read",
+)
 
 
 @dataclass(frozen=True)
@@ -392,13 +402,14 @@ class _Tool:
     action: Action
     name: str
     keys: dict[str, str]  # slot -> parameter name
+    known: dict[str, tuple[str, ...]]  # slot -> the only names there are
 
     def declaration(self, description: str) -> dict[str, Any]:
         properties: dict[str, Any] = {}
         for key, slot in self.action.slots.items():
             schema: dict[str, Any] = {"type": slot.type, "description": slot.description}
-            if slot.enum:
-                schema["enum"] = list(slot.enum)
+            if enum := slot.enum or self.known.get(key):
+                schema["enum"] = list(enum)
             properties[self.keys[key]] = schema
         return {
             "type": "function",
@@ -424,7 +435,12 @@ def random_commands(
     source = source or ("held_out" if held_out else "training")
     chosen = rng.sample(ACTIONS, rng.randint(1, 4))
     tools = [
-        _Tool(a, rng.choice(a.names), {key: rng.choice(slot.names) for key, slot in a.slots.items()})
+        _Tool(
+            a,
+            rng.choice(a.names),
+            {key: rng.choice(slot.names) for key, slot in a.slots.items()},
+            _known_names(rng, a, source),
+        )
         for a in chosen
     ]
     messages: list[dict[str, Any]] = []
@@ -433,7 +449,7 @@ def random_commands(
     for _ in range(rng.randint(1, 4)):
         if rng.random() < 0.1:
             other = rng.choice([a for a in ACTIONS if a not in chosen])
-            text, _values = _command(rng, other, source, accept)
+            text, _values = _command(rng, other, source, accept, {})
             messages += [{"role": "user", "content": text}, {"role": "assistant", "content": NO_TOOL}]
             continue
         messages += _exchange(rng, rng.choice(tools), source, accept)
@@ -442,19 +458,36 @@ def random_commands(
 
 def random_sentence(rng: random.Random, action: Action) -> str:
     """A command that can be spoken."""
-    return _command(rng, action, "spoken", lambda text: True)[0]
+    return _command(rng, action, "spoken", lambda text: True, {})[0]
+
+
+def _known_names(rng: random.Random, action: Action, source: Source) -> dict[str, tuple[str, ...]]:
+    """Some tools list the rooms, doors, devices, zones or sensors that there are."""
+    found = {}
+    for key, slot in action.slots.items():
+        if key in _LISTED and rng.random() < 0.3:
+            assert slot.draw is not None, key
+            names = [slot.draw(rng, source) for _ in range(rng.randint(2, 7))]
+            found[key] = tuple(dict.fromkeys(names))
+    return found
 
 
 def _command(
-    rng: random.Random, action: Action, source: Source, accept: Callable[[str], bool]
+    rng: random.Random,
+    action: Action,
+    source: Source,
+    accept: Callable[[str], bool],
+    known: dict[str, tuple[str, ...]],
 ) -> tuple[str, dict[str, Any]]:
+    """What is said, and the values of the slots: one in six of the names is not a known one."""
     while True:
         phrase = rng.choice(action.phrases)
         values = dict(phrase.fixed)
         for key, slot in action.slots.items():
             if key not in values:
                 assert slot.draw is not None, key
-                values[key] = slot.draw(rng, source)
+                listed = key in known and rng.random() > _UNKNOWN_NAMES
+                values[key] = rng.choice(known[key]) if listed else slot.draw(rng, source)
         text = phrase.text.format(**values)
         if accept(text):
             break
@@ -473,7 +506,7 @@ def _command(
 def _exchange(
     rng: random.Random, tool: _Tool, source: Source, accept: Callable[[str], bool]
 ) -> list[dict[str, Any]]:
-    text, values = _command(rng, tool.action, source, accept)
+    text, values = _command(rng, tool.action, source, accept, tool.known)
     call = {
         "function": {"name": tool.name, "arguments": {tool.keys[key]: value for key, value in values.items()}}
     }
@@ -484,11 +517,30 @@ def _exchange(
         result = {"value": f"{value:g} {rng.choice(['°C', '%', 'ppm', 'W', 'bar'])}"}
         shown["value"] = result["value"]
     answer = tool.action.done.format(**shown)
-    if rng.random() < 0.06:
-        result, answer = {"error": "unreachable"}, "That failed: unreachable."
+    if error := _error(rng, tool, values):
+        result, answer = {"error": error}, f"That failed: {error}" + ("" if error.endswith("?") else ".")
     return [
         {"role": "user", "content": text},
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "name": tool.name, "content": result},
         {"role": "assistant", "content": answer},
     ]
+
+
+def _error(rng: random.Random, tool: _Tool, values: dict[str, Any]) -> str | None:
+    """Why the tool refuses this call, in the words of the voice assistant's tools; mostly it does not."""
+    for key, names in tool.known.items():
+        name = tool.keys[key]
+        if values[key] not in names:
+            hint = (
+                f"did you mean {rng.choice(names)!r}?" if rng.random() < 0.5 else f"known: {', '.join(names)}"
+            )
+            return f"{name}: there is no {values[key]!r}; {hint}"
+    for key, slot in tool.action.slots.items():
+        if slot.type == "integer" and rng.random() < 0.03:
+            low, high = sorted((rng.randint(0, 100), rng.randint(0, 100)))
+            limits = rng.choice([f"at least {low} and at most {high}", f"at least {low}", f"at most {high}"])
+            return f"{tool.keys[key]}: {values[key]} is out of range; {limits}"
+    if rng.random() < 0.04:
+        return rng.choice(_ERRORS).format(n=rng.randint(2, 900))
+    return None

@@ -28,7 +28,7 @@ from ...runtime.prompt import Part, Soft
 from ..sensor_summary.facts import untrue
 from ..sensor_summary.prompt import Summary, summary_messages
 from ..sensor_summary.window import Window
-from .batches import spoken_texts
+from .batches import silence, spoken_texts
 from .commands import random_commands
 from .corpus import Encoder, Messages, question_dialogue
 from .hearing import soft_tokens
@@ -107,8 +107,7 @@ def _spoken_prompt(encoder: Encoder, rng: random.Random, messages: Messages, too
     speaker = random_speaker(rng, held_out=True)
     clips = []
     for text in spoken_texts(messages):
-        silence = [np.zeros(int(RATE_HZ * rng.uniform(0.05, 0.45)), np.float32) for _ in range(2)]
-        clean = torch.from_numpy(np.concatenate([silence[0], say(text, speaker).samples, silence[1]]))
+        clean = torch.from_numpy(np.pad(say(text, speaker).samples, silence(rng)))
         heard = disturb(clean[None], torch.tensor([len(clean)]), rng.getrandbits(31))
         clips.append(heard[0].numpy())
     text = encoder.render(messages, tools, prompt=True)

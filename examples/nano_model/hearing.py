@@ -1,10 +1,11 @@
 """What training needs to hear: log-mel frames and soft tokens, and losses that teach what was said.
 
-Two losses hang on the audio tower's output through layers that are thrown away afterwards: which sound is
-being made at each soft token, as the synthesizer says, and the characters of the sentence in order
-(connectionist temporal classification). Without the first the second stays for thousands of steps where it
-says nothing but blanks; without either the tower would have to learn sounds, and the decoder where in a clip
-it is, both from the same answer at its end.
+Three lessons hang on the audio tower through layers that are thrown away afterwards: which sound is being
+made at each soft token, as the synthesizer says; the characters of the sentence in order (connectionist
+temporal classification); and, at the soft token where a word has just been said, the word. The last one is
+asked of the soft tokens themselves, against the text model's own embeddings: what is heard comes to look like
+what is read, and a decoder that can read can hear. Without lessons the tower would have to learn sounds, and
+the decoder where in a clip it is, both from the same answer at its end.
 """
 
 from __future__ import annotations
@@ -57,10 +58,12 @@ class LogMel(torch.nn.Module):
 
 
 class Teacher(torch.nn.Module):
-    """Sounds and characters from the tower's output."""
+    """Sounds and characters from the tower's output (width), words from the soft tokens (hidden)."""
 
-    def __init__(self, width: int, sounds: int, characters: int) -> None:
+    def __init__(self, width: int, hidden: int, sounds: int, characters: int) -> None:
         super().__init__()
+        self.silence = torch.nn.Linear(hidden, 1)  # no word ends here
+        self.sharpness = torch.nn.Parameter(torch.tensor(0.0))  # log
         self.sounds = torch.nn.Linear(width, sounds + 1)
         self.characters = torch.nn.Linear(width, characters + 1)
 
@@ -75,6 +78,14 @@ class Teacher(torch.nn.Module):
         spelled = F.ctc_loss(scores, texts, mask[used].sum(1), (texts > 0).sum(1), zero_infinity=True)
         return made, spelled
 
+    def words_loss(self, soft: Tensor, words: Tensor, embeddings: Tensor) -> Tensor:
+        """`soft` (tokens, hidden) against the word known at each (tokens,), 0 for none."""
+        normal = F.rms_norm(soft.float(), soft.shape[1:])
+        table = F.normalize(embeddings.detach().float(), dim=1)
+        scores = (normal @ table.T) * self.sharpness.exp()
+        scores = torch.cat((self.silence(normal), scores[:, 1:]), 1)  # the pad token stands for none
+        return F.cross_entropy(scores, words)
+
 
 def hear(model: Gemma4ForConditionalGeneration, mel: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(tower's output (clips, tokens, width), which of it counts, soft tokens in order (tokens, hidden))."""
@@ -86,17 +97,21 @@ def hear(model: Gemma4ForConditionalGeneration, mel: Tensor, valid: Tensor) -> t
 class Classroom(torch.nn.Module):
     """Everything between clean clips and what they teach; only its soft tokens are needed afterwards."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.mel = LogMel()
-        self.teacher = Teacher(width, len(PHONEMES), len(ALPHABET))
+        self.teacher = Teacher(width, hidden, len(PHONEMES), len(ALPHABET))
 
     def forward(
         self, model: Gemma4ForConditionalGeneration, batch: dict[str, Tensor], seed: int, strength: float
     ) -> tuple[Tensor, Tensor]:
-        """(soft tokens in order (tokens, hidden), losses (2,): of sounds and of spelling)."""
+        """(soft tokens in order (tokens, hidden), losses (3,): of sounds, spelling and words)."""
         with torch.autocast(batch["clips"].device.type, enabled=False):
             clips = disturb(batch["clips"].float() / 32768, batch["samples"], seed, strength)
             frames, valid = self.mel(clips, batch["samples"])
         heard, mask, soft = hear(model, frames, valid)
-        return soft, torch.stack(self.teacher.losses(heard, mask, batch["sounds"], batch["said"]))
+        made, spelled = self.teacher.losses(heard, mask, batch["sounds"], batch["said"])
+        with torch.autocast(batch["clips"].device.type, enabled=False):
+            table = model.model.language_model.embed_tokens.weight
+            known = self.teacher.words_loss(soft, batch["words"][mask], table)
+        return soft, torch.stack((made, spelled, known))

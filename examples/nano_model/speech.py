@@ -1,4 +1,4 @@
-"""Speech for the corpus: espeak-ng in many voices, and when it says which sound; seeded, nothing is stored.
+"""Speech for the corpus: espeak-ng in many voices, and when it says what; seeded, nothing is stored.
 
 `held_out=True` takes voices, an accent and rates that training never uses.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import random
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -72,6 +73,7 @@ class Speech:
     samples: np.ndarray  # (n,) float32 at 16 kHz, peak 1, no silence around
     starts: np.ndarray  # (sounds,) the sample at which each sound begins
     sounds: np.ndarray  # (sounds,) their classes
+    ends: np.ndarray  # (words,) the sample at which each word of the text has been said
 
     def sounds_at(self, samples: np.ndarray) -> np.ndarray:
         """The class of the sound at each of these samples; silence outside."""
@@ -97,7 +99,7 @@ class _Event(ctypes.Structure):
     )
 
 
-_LIST_TERMINATED, _PHONEME = 0, 7
+_LIST_TERMINATED, _WORD, _PHONEME = 0, 1, 7
 
 
 class _Espeak:
@@ -112,6 +114,7 @@ class _Espeak:
             raise RuntimeError("espeak-ng could not be started; reinstall espeakng-loader")
         self._chunks: list[np.ndarray] = []
         self._marks: list[tuple[int, str]] = []
+        self._words: list[tuple[int, int]] = []
         kind = ctypes.CFUNCTYPE(
             ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event)
         )
@@ -123,15 +126,23 @@ class _Espeak:
             self._chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
         index = 0
         while events and events[index].type != _LIST_TERMINATED:
+            if events[index].type == _WORD:
+                self._words.append((events[index].sample, events[index].text_position - 1))
             if events[index].type == _PHONEME:
                 self._marks.append((events[index].sample, events[index].id.string.decode("utf-8", "replace")))
             index += 1
         return 0
 
-    def say(self, text: str, speaker: Speaker) -> tuple[np.ndarray, list[tuple[int, str]]]:
-        """(samples,) int16 at `rate_hz`, and (sample, phoneme) of each sound."""
+    def say(
+        self, text: str, speaker: Speaker
+    ) -> tuple[np.ndarray, list[tuple[int, str]], list[tuple[int, int]]]:
+        """(samples,) int16 at `rate_hz`; (sample, phoneme) of each sound; (sample, place) of each word.
+
+        A place is that in `text`. A number may be several words: "37" is thirty and seven.
+        """
         self._chunks.clear()
         self._marks.clear()
+        self._words.clear()
         _, _, variant = speaker.voice.partition("+")
         known = not variant or (self._variants / variant).is_file()  # espeak-ng speaks without an unknown one
         if not known or self._library.espeak_SetVoiceByName(speaker.voice.encode()) != 0:
@@ -142,7 +153,7 @@ class _Espeak:
         self._library.espeak_Synth(data, len(data) + 1, 0, 1, 0, _UTF8, None, None)
         self._library.espeak_Synchronize()
         samples = np.concatenate(self._chunks) if self._chunks else np.zeros(0, np.int16)
-        return samples, list(self._marks)
+        return samples, list(self._marks), list(self._words)
 
 
 @cache
@@ -153,18 +164,38 @@ def _espeak() -> _Espeak:
 def say(text: str, speaker: Speaker) -> Speech:
     """`text` spoken. Raises ValueError if there is nothing to hear."""
     espeak = _espeak()
-    raw, marks = espeak.say(text, speaker)
+    raw, marks, words = espeak.say(text, speaker)
     samples = raw.astype(np.float32)
     loud = np.flatnonzero(np.abs(samples) > 30)
     if not len(loud):
         raise ValueError(f"espeak-ng says nothing to {text!r}")
     samples = resample(samples[loud[0] : loud[-1] + 1], espeak.rate_hz)
-    starts = np.array([(sample - loud[0]) * RATE_HZ / espeak.rate_hz for sample, _ in marks])
-    return Speech(
-        samples / max(1e-6, float(np.abs(samples).max())),
-        starts,
-        np.array([_sound_class(phoneme) for _, phoneme in marks]),
-    )
+
+    def here(places: list[int]) -> np.ndarray:
+        return (np.array(places) - loud[0]) * RATE_HZ / espeak.rate_hz
+
+    sounds = np.array([_sound_class(phoneme) for _, phoneme in marks])
+    starts = here([sample for sample, _ in marks])
+    ends = _ends(text, here([sample for sample, _ in words]), [place for _, place in words])
+    pauses = starts[sounds == 0]
+    for word, end in enumerate(ends):  # a pause behind a word is not part of it
+        begin = ends[word - 1] if word else 0.0
+        inside = pauses[(pauses > begin + RATE_HZ * 0.03) & (pauses < end)]
+        ends[word] = min(inside[-1] if len(inside) else end, len(samples))
+    return Speech(samples / max(1e-6, float(np.abs(samples).max())), starts, sounds, ends)
+
+
+def _ends(text: str, samples: np.ndarray, places: list[int]) -> np.ndarray:
+    """When the word behind each word of `text` begins; infinity where none does."""
+    begins = []
+    for word in re.finditer(r"\S+", text):
+        said = [s for s, place in zip(samples, places, strict=True) if word.start() <= place < word.end()]
+        begins.append(min(said, default=np.nan))
+    following = np.append(np.array(begins[1:]), np.inf)
+    for word in range(len(following) - 2, -1, -1):  # nothing was said of a word: it ends with the one before
+        if np.isnan(following[word]):
+            following[word] = following[word + 1]
+    return following
 
 
 def _sound_class(phoneme: str) -> int:

@@ -208,13 +208,19 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     if args.init:
         load_weights(model, args.init)
     model.to(device)
-    classroom = Classroom(model.config.audio_config.output_proj_dims).to(device) if spoken else None
+    classroom = None
+    if spoken:
+        width, hidden = model.config.audio_config.output_proj_dims, model.config.text_config.hidden_size
+        classroom = Classroom(width, hidden).to(device)
     optimizer = optimizer_of(model, classroom, args.learning_rate, args.audio_rate)
     step_layer = torch.compile(layer_step, dynamic=False) if args.compile else layer_step
+    if args.compile and spoken:
+        for layer in model.model.audio_tower.layers:
+            layer.forward = torch.compile(layer.forward, dynamic=False)
     rounded = RoundedWeights(model)
     ears = [parameter for module in ears_of(model, classroom) for parameter in module.parameters()]
     log: list[tuple[int, dict[str, float]]] = []
-    tokens, clips, total, started = 0, 0, torch.zeros(4, device=device), time.time()
+    tokens, clips, total, started = 0, 0, torch.zeros(5, device=device), time.time()
     for step, batch in enumerate(batches(args, device == "cuda")):
         # Where time runs out before the steps do, the schedule ends with it.
         progress = max(step / args.steps, (time.time() - started) / args.max_seconds)
@@ -229,7 +235,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             rounded if rounding else nullcontext(),
             torch.autocast(device, torch.bfloat16),
         ):
-            soft, lessons = None, torch.zeros(2, device=device)
+            soft, lessons = None, torch.zeros(3, device=device)
             if classroom is not None:
                 strength = min(1.0, progress / args.quiet) if args.quiet else 1.0
                 soft, lessons = classroom(model, batch, args.seed + step, strength)
@@ -237,7 +243,9 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             hidden = forward(model, batch["ids"], batch["position"], masks, step_layer, soft)
             text_loss = loss_of(model, hidden[spoken:], batch, slice(spoken, None))
             spoken_loss = loss_of(model, hidden[:spoken], batch, slice(0, spoken)) if spoken else lessons[0]
-            (text_loss + spoken_loss + args.lessons * (1.0 - progress) * lessons.sum()).backward()
+            # Sounds and spelling help at first; words are what the decoder reads, to the end.
+            taught = (1.0 - progress) * lessons[:2].sum() + lessons[2]
+            (text_loss + spoken_loss + args.lessons * taught).backward()
         torch.nn.utils.clip_grad_norm_(model.model.language_model.parameters(), 1.0)
         if ears:
             torch.nn.utils.clip_grad_norm_(ears, 1.0)
@@ -247,7 +255,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         tokens += batch["ids"].numel()
         clips += int((batch["samples"] > 0).sum()) if "clips" in batch and step % 20 == 0 else 0
         if (step + 1) % args.log_every == 0:
-            names = ("text", "spoken", "sounds", "spelling")
+            names = ("text", "spoken", "sounds", "spelling", "words")
             log.append((step + 1, dict(zip(names, (total / args.log_every).tolist(), strict=True))))
             seconds = time.time() - started
             losses = ", ".join(f"{name} {value:.4f}" for name, value in log[-1][1].items())
@@ -318,7 +326,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=20)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--audio-rate", type=float, default=2e-3, help="learning rate of the audio tower")
-    parser.add_argument("--lessons", type=float, default=1.0, help="weight of sounds and spelling at first")
+    parser.add_argument("--lessons", type=float, default=1.0, help="weight of the lessons at first")
     parser.add_argument(
         "--quiet", type=float, default=0.3, help="part of the steps until all rooms are noisy"
     )
