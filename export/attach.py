@@ -19,6 +19,7 @@ MICROSOFT = "com.microsoft"
 INLINE_MAX_BYTES = 16 << 10  # smaller initializers live in the graph file itself
 # MatMulNBits: activations as int8, which is several times faster than the float path, or as float32.
 ACCURACY_LEVELS: dict[Activations, int] = {"int8": 4, "float32": 0}
+SCALE_TYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
 FLOAT_TYPES = {16: ir.DataType.FLOAT16, 32: ir.DataType.FLOAT}
 
 
@@ -63,17 +64,18 @@ def _replace(
     weight_index = 1 if node.op_type == LINEAR else 0
     weight, other = node.inputs[weight_index], node.inputs[1 - weight_index]
     assert weight is not None and weight.name is not None and other is not None
+    in_half = weight.dtype == ir.DataType.FLOAT16
     entry = stored[head if weight.name == HEAD else weight.name]
     if node.op_type == TABLE:
         nodes = _table(graph, other, entry)
     elif recipe.activation_scales:
         module = weight.name.removesuffix(".weight")
         before = _rounded(graph, other, checkpoint, module + INPUT_SCALE)
-        product = _linear(graph, before[-1].outputs[0] if before else other, entry, recipe)
+        product = _linear(graph, before[-1].outputs[0] if before else other, entry, recipe, in_half)
         after = _rounded(graph, product[-1].outputs[0], checkpoint, module + OUTPUT_SCALE)
         nodes = [*before, *product, *after]
     else:
-        nodes = _linear(graph, other, entry, recipe)
+        nodes = _linear(graph, other, entry, recipe, in_half)
     for number, replacement in enumerate(nodes):
         replacement.name = f"{node.name}_{number}" if number + 1 < len(nodes) else node.name
         replacement.outputs[0].name = f"{replacement.name}_out"
@@ -84,11 +86,14 @@ def _replace(
     graph.remove(node, safe=True)
 
 
-def _linear(graph: ir.Graph, x: ir.Value, entry: StoredWeight, recipe: Recipe) -> list[ir.Node]:
+def _linear(
+    graph: ir.Graph, x: ir.Value, entry: StoredWeight, recipe: Recipe, in_half: bool
+) -> list[ir.Node]:
+    """in_half: x is float16, and so is the product."""
     planned = entry.planned
     rows, width = planned.shape
     if planned.storage.is_float:
-        weight, widen = _float(graph, entry)
+        weight, widen = _float(graph, entry, in_half)
         return [*widen, _node("FusedMatMul", [x, weight], dict(transB=1))]
     bits, block = planned.storage.bits, planned.storage.block
     packed_shape = (rows, planned.blocks, block * bits // 8)
@@ -129,18 +134,23 @@ def _table(graph: ir.Graph, ids: ir.Value, entry: StoredWeight) -> list[ir.Node]
     return [_node("GatherBlockQuantized", [packed, ids, scales], attributes)]
 
 
-def _float(graph: ir.Graph, entry: StoredWeight) -> tuple[ir.Value, list[ir.Node]]:
-    """A float32 matrix: stored so, or widened once when the graph is loaded."""
+def _float(graph: ir.Graph, entry: StoredWeight, in_half: bool) -> tuple[ir.Value, list[ir.Node]]:
+    """A float matrix: stored in the type that is wanted, or cast once when the graph is loaded."""
     planned = entry.planned
     weight = _initializer(graph, entry, "", FLOAT_TYPES[planned.storage.bits], planned.shape)
-    if planned.storage.bits == 32:
+    wanted = 16 if in_half else 32
+    if planned.storage.bits == wanted:
         return weight, []
-    widen = _widened(weight)
-    return widen.outputs[0], [widen]
+    cast = _cast(weight, FLOAT_TYPES[wanted])
+    return cast.outputs[0], [cast]
 
 
 def _widened(x: ir.Value) -> ir.Node:
-    return ir.node("Cast", [x], dict(to=ir.DataType.FLOAT.value))
+    return _cast(x, ir.DataType.FLOAT)
+
+
+def _cast(x: ir.Value, dtype: ir.DataType) -> ir.Node:
+    return ir.node("Cast", [x], dict(to=dtype.value))
 
 
 def _quantized(
@@ -150,7 +160,7 @@ def _quantized(
     scale_shape = (entry.planned.shape[0], entry.planned.blocks)
     return (
         _initializer(graph, entry, suffix, ir.DataType.UINT8, packed_shape),
-        _initializer(graph, entry, ".scales", ir.DataType.FLOAT, scale_shape),
+        _initializer(graph, entry, ".scales", SCALE_TYPES[entry.planned.inner], scale_shape),
     )
 
 
@@ -171,7 +181,8 @@ def _node(op_type: str, inputs: list[ir.Value], attributes: dict[str, int]) -> i
 
 
 def _fill(value: ir.Value, array: np.ndarray, constants: DataFile) -> None:
-    assert value.name is not None
+    assert value.name is not None and value.dtype is not None
+    array = array.astype(value.dtype.numpy(), copy=False)
     if array.nbytes > INLINE_MAX_BYTES:
         value.const_value = constants.add(value.name, array)
     else:

@@ -32,6 +32,8 @@ class Piece:
     file: Path
     position: int  # byte in `file` where the packed rows go
     scale_position: int | None  # None: stored as it is, without scales
+    scale_dtype: str = "float32"
+    gain: float = 1.0  # the matrix is stored times this
 
     @property
     def name(self) -> str:
@@ -59,7 +61,8 @@ def process(piece: Piece) -> Done:
             return Done(count, 0.0, 0.0)
         assert piece.scale_position is not None
         _write(target, piece.position, result.packed)
-        _write(target, piece.scale_position, result.scales)
+        scales = result.scales * np.float32(piece.gain)
+        _write(target, piece.scale_position, scales.astype(piece.scale_dtype))
         return Done(count, result.squared_error, result.squared_norm)
     finally:
         os.close(target)
@@ -76,6 +79,7 @@ def _prepared(piece: Piece) -> np.ndarray | QuantizedRows:
         flat = read_values(source, piece.first * piece.width, piece.rows * piece.width)
         values = flat.reshape(piece.rows, piece.width)
     if storage.is_float:
+        values = values * np.float32(piece.gain) if piece.gain != 1 else values
         return values if storage.bits == 32 else _narrowed(values, piece.name)
     return quantize_rows(values, bits=storage.bits, block=storage.block, method=storage.method)
 

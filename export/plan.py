@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -17,7 +19,7 @@ from .audio_geometry import CALL_TOKENS, FRAMES_PER_TOKEN, AudioModel
 from .geometry import TextModel, plan_caches
 from .modules import ops
 from .modules.audio import AudioEncoder
-from .modules.decoder import Decoder
+from .modules.decoder import PRODUCT_GAIN, Decoder
 from .modules.embeddings import Embeddings
 from .qat import Held
 from .recipes import BLOCK_MIN, Recipe, Storage, check_matches, check_suits, decide
@@ -25,9 +27,12 @@ from .recipes import BLOCK_MIN, Recipe, Storage, check_matches, check_suits, dec
 DECODER_DATA = "decoder.onnx.data"
 EMBEDDINGS_DATA = "embeddings.onnx.data"
 AUDIO_DATA = "audio_encoder.onnx.data"
+UP = ".mlp.up_proj.weight"
 HEAD = "lm_head.weight"
 TOKEN_TABLE = "embed_tokens.weight"
 LAYER_TABLE = "embed_tokens_per_layer.weight"
+
+Inner = Literal["float32", "float16"]
 
 # Python, numpy, onnxruntime and a SentencePiece tokenizer, resident before a model is loaded.
 PROCESS_BYTES = 140 << 20
@@ -35,6 +40,8 @@ PROCESS_BYTES = 140 << 20
 LIVE_ROWS = 6
 # Copies of the widest activation that live at once in a call of the audio encoder.
 AUDIO_LIVE = 8
+# What CUDA, cuBLAS and ONNX Runtime's kernels take of the memory, besides the process.
+CUDA_CONTEXT_BYTES = 512 << 20
 AUDIO_SESSION_BYTES = 32 << 20  # what ONNX Runtime keeps for the graph besides
 
 
@@ -48,6 +55,8 @@ class PlannedWeight:
     file: str
     is_table: bool  # rows are looked up, not multiplied
     held: Held | None = None  # how the checkpoint holds it, if quantized
+    inner: Inner = "float32"  # the number type that it is multiplied in, which is its scales' too
+    gain: float = 1.0  # it is stored times this
 
     @property
     def blocks(self) -> int:
@@ -67,7 +76,7 @@ class PlannedWeight:
 
     @property
     def scale_bytes(self) -> int:
-        return 0 if self.storage.is_float else self.shape[0] * self.blocks * 4
+        return 0 if self.storage.is_float else self.shape[0] * self.blocks * np.dtype(self.inner).itemsize
 
     @property
     def size_bytes(self) -> int:
@@ -75,8 +84,9 @@ class PlannedWeight:
 
     @property
     def resident_bytes(self) -> int:
-        """In memory when it is multiplied: float16 is widened."""
-        return 4 * math.prod(self.shape) if self.storage.is_float else self.size_bytes
+        """In memory when it is multiplied: float16 is widened for products in float32."""
+        widened = self.storage.is_float and self.inner == "float32"
+        return 4 * math.prod(self.shape) if widened else self.size_bytes
 
 
 @dataclass(frozen=True)
@@ -130,10 +140,15 @@ def make_plan(
     """
     if head_is_table:
         model = replace(model, tied_head=True)
+    dtype = kv_dtype or profile.kv_cache.dtype
+    if profile.execution_provider == "cuda" and dtype != "float16":
+        raise ConfigError(
+            f"{profile.name}: kv_cache.dtype is {dtype}, expected float16, in which CUDA computes attention"
+        )
     with torch.device("meta"):
         text = [
             (EMBEDDINGS_DATA, Embeddings(model)),
-            (DECODER_DATA, Decoder(model, context=1, kv_dtype="float32")),
+            (DECODER_DATA, Decoder(model, context=1, kv_dtype="float32", inner=inner_type(profile))),
         ]
         ears = [] if audio is None else [(AUDIO_DATA, AudioEncoder(audio))]
     check_suits(recipe, is_quantized=model.quantization is not None)
@@ -147,7 +162,6 @@ def make_plan(
     folded = {name: shape for _, encoder in ears for name, shape in encoder.constants.reads.items()}
     audio_bytes = 0 if audio is None else _audio_bytes(audio, audio_weights, audio_small)
     head = TOKEN_TABLE if model.tied_head else HEAD
-    dtype = kv_dtype or profile.kv_cache.dtype
 
     def at(tokens: int) -> tuple[Caches, Memory]:
         caches = plan_caches(model, context=tokens, sliding_slack=profile.kv_cache.sliding_slack, dtype=dtype)
@@ -167,6 +181,11 @@ class BudgetError(GemmaEdgeError):
     def __init__(self, message: str, fits: int) -> None:
         super().__init__(message)
         self.fits = fits
+
+
+def inner_type(profile: DeviceProfile) -> torch.dtype:
+    """Of attention and MLP: CUDA's kernels take halves."""
+    return torch.float16 if profile.execution_provider == "cuda" else torch.float32
 
 
 def total_bytes(memory: Memory) -> int:
@@ -197,7 +216,10 @@ def _weights(
                     held = _held(model, name, shape, is_table, columns)
                     only_looked_up = is_table and not (name == TOKEN_TABLE and model.tied_head)
                     storage = decide(recipe, profile, name, shape[1], held=held, is_table=only_looked_up)
-                    weights.append(PlannedWeight(name, shape, storage, file, is_table, held))
+                    half = tensor.dtype == torch.float16
+                    gain = PRODUCT_GAIN if half and name.endswith(UP) else 1.0
+                    inner: Inner = "float16" if half else "float32"
+                    weights.append(PlannedWeight(name, shape, storage, file, is_table, held, inner, gain))
                 else:
                     small[name] = shape
     for weight in weights:
@@ -239,13 +261,16 @@ def _predict(
     multiplied = [weight for weight in weights if not weight.is_table or weight.name == head]
     tables = [weight for weight in weights if weight.is_table]
     in_memory = sum(weight.resident_bytes for weight in multiplied) + small_bytes
+    on_cuda, rope = profile.execution_provider == "cuda", rope_bytes(model, caches.context)
     return Memory(
         weights_bytes=in_memory,
-        mapped_bytes=sum(weight.size_bytes for weight in tables) + rope_bytes(model, caches.context),
+        # On CUDA the rotary tables are in the GPU's memory, in float16.
+        mapped_bytes=sum(weight.size_bytes for weight in tables) + (0 if on_cuda else rope),
         kv_bytes=caches.size_bytes,
         overhead_bytes=PROCESS_BYTES
         + _activation_bytes(model, profile.prefill_chunk, caches.context)
-        + _cache_copy_bytes(caches, profile.execution_provider),
+        + _cache_copy_bytes(caches, profile.execution_provider)
+        + (CUDA_CONTEXT_BYTES + rope // 2 if on_cuda else 0),
         read_per_token_bytes=in_memory + sum(weight.size_bytes // weight.shape[0] for weight in tables),
         audio_bytes=audio_bytes,
     )

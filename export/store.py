@@ -169,7 +169,18 @@ def _pieces(source: TensorEntry | HeldTensors, region: _Region) -> Iterator[Piec
         if scale_position is not None:
             scale_position += first * (planned.scale_bytes // rows)
         count = min(step, rows - first)
-        yield Piece(source, first, count, width, planned.storage, region.file.path, position, scale_position)
+        yield Piece(
+            source,
+            first,
+            count,
+            width,
+            planned.storage,
+            region.file.path,
+            position,
+            scale_position,
+            planned.inner,
+            planned.gain,
+        )
 
 
 def _process(pieces: Iterable[tuple[str, Piece]], workers: int) -> Generator[tuple[str, Done]]:

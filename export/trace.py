@@ -24,6 +24,7 @@ from .audio_geometry import AudioModel
 from .geometry import TextModel
 from .modules.audio import AudioEncoder
 from .modules.constants import Constants, Make
+from .modules.cuda_decoder import CudaDecoder
 from .modules.decoder import Decoder
 from .modules.embeddings import Embeddings
 
@@ -31,6 +32,7 @@ OPSET = 23
 TENSOR_SCATTER_OPSET = 24  # the first with TensorScatter; torch writes 23 at most, nothing else used changed
 IR_VERSION = 11
 KEEP = "logits_to_keep"
+CUDA_LENGTHS = ("last_position", "total_length", "window_length")  # inputs of the decoder for CUDA
 
 CACHE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 
@@ -43,18 +45,17 @@ class Traced:
     makers: dict[str, Make]  # initializer name -> its value, for those that are not in the checkpoint
 
 
-def trace_decoder(model: TextModel, caches: Caches) -> Traced:
-    """The decoder with the names that runtime and onnxruntime-genai expect; cache sizes are fixed."""
+def trace_decoder(model: TextModel, caches: Caches, inner: torch.dtype = torch.float32) -> Traced:
+    """The decoder with the names that runtime and onnxruntime-genai expect; cache sizes are fixed.
+
+    inner: the number type of attention and MLP.
+    """
     shape = model.geometry
     width = shape.num_hidden_layers * shape.hidden_size_per_layer_input
     with _fake_tensors():
-        module = Decoder(model, context=caches.context, kv_dtype=caches.dtype).eval().requires_grad_(False)
-        # Every input needs a tensor of its own: two uses of one would collapse into one graph input.
-        past = [
-            torch.zeros(1, cache.kv_heads, cache.capacity, cache.head_dim, dtype=CACHE_DTYPES[caches.dtype])
-            for cache in caches.layers
-            for _ in ("key", "value")
-        ]
+        module = Decoder(model, context=caches.context, kv_dtype=caches.dtype, inner=inner)
+        module.eval().requires_grad_(False)
+        past = _past(caches)
         example = (
             torch.zeros(1, 5, shape.hidden_size),
             torch.zeros(1, 5, width) if width else None,
@@ -76,8 +77,36 @@ def trace_decoder(model: TextModel, caches: Caches) -> Traced:
         )
         graph = _export(module, example, dynamic)
     names = ["inputs_embeds", *(["per_layer_inputs"] if width else []), "attention_mask", "position_ids"]
-    cache_names = [f"{cache.index}.{part}" for cache in caches.layers for part in ("key", "value")]
-    _name_decoder(graph, names, cache_names)
+    keep, rows = graph.graph.inputs[len(names) : len(names) + 2]
+    _remove_inputs(graph.graph, [rows])
+    keep.name = KEEP
+    keep.const_value = ir.tensor([1], dtype=ir.DataType.INT64, name=keep.name)
+    graph.graph.initializers[keep.name] = keep  # an input with a default: callers may leave it out
+    _name_decoder(graph, [*names, KEEP], caches)
+    return Traced(graph, _makers(module.constants))
+
+
+def trace_cuda_decoder(model: TextModel, caches: Caches) -> Traced:
+    """The decoder as our own engine runs it on CUDA: `CudaDecoder`."""
+    shape = model.geometry
+    width = shape.num_hidden_layers * shape.hidden_size_per_layer_input
+    with _fake_tensors():
+        module = CudaDecoder(model, context=caches.context, kv_dtype=caches.dtype)
+        module.eval().requires_grad_(False)
+        past = _past(caches)
+        example = (
+            torch.zeros(1, 5, shape.hidden_size),
+            torch.zeros(1, 5, width) if width else None,
+            torch.zeros(1, 1, dtype=torch.int64),
+            torch.zeros((), dtype=torch.int32),
+            torch.zeros((), dtype=torch.int32),
+            past,
+        )
+        tokens = torch.export.Dim("new", min=2, max=2**20)
+        rows = {1: tokens}
+        graph = _export(module, example, (rows, rows if width else None, {}, {}, {}, [{} for _ in past]))
+    names = ["inputs_embeds", *(["per_layer_inputs"] if width else []), *CUDA_LENGTHS]
+    _name_decoder(graph, names, caches)
     return Traced(graph, _makers(module.constants))
 
 
@@ -117,6 +146,15 @@ def trace_audio(model: AudioModel, streaming: bool) -> Traced:
     return Traced(graph, _makers(module.constants))
 
 
+def _past(caches: Caches) -> list[torch.Tensor]:
+    """Every input needs a tensor of its own: two uses of one would collapse into one graph input."""
+    return [
+        torch.zeros(1, cache.kv_heads, cache.capacity, cache.head_dim, dtype=CACHE_DTYPES[caches.dtype])
+        for cache in caches.layers
+        for _ in ("key", "value")
+    ]
+
+
 @contextmanager
 def _fake_tensors() -> Iterator[None]:
     """Fake tensors without gradients, and without the tracing libraries' talk."""
@@ -144,22 +182,16 @@ def _makers(constants: Constants) -> dict[str, Make]:
     return {f"constants.{name}": make for name, make in constants.makers.items()}
 
 
-def _name_decoder(model: ir.Model, names: list[str], cache_names: list[str]) -> None:
-    """Give inputs and outputs their public names, and `logits_to_keep` its default."""
+def _name_decoder(model: ir.Model, names: list[str], caches: Caches) -> None:
+    """Give inputs and outputs their public names: those of `names`, then the caches'."""
     graph = model.graph
-    *plain, keep, rows = graph.inputs[: len(names) + 2]
-    caches = graph.inputs[len(names) + 2 :]
-    for value, name in zip(plain, names, strict=True):
+    cache_names = [f"{cache.index}.{part}" for cache in caches.layers for part in ("key", "value")]
+    for value, name in zip(
+        graph.inputs, [*names, *(f"past_key_values.{n}" for n in cache_names)], strict=True
+    ):
         value.name = name
-    for value, name in zip(caches, cache_names, strict=True):
-        value.name = f"past_key_values.{name}"
-    for value, name in zip(graph.outputs[1:], cache_names, strict=True):
-        value.name = f"present.{name}"
-    graph.outputs[0].name = "logits"
-    _remove_inputs(graph, [rows])
-    keep.name = KEEP
-    keep.const_value = ir.tensor([1], dtype=ir.DataType.INT64, name=keep.name)
-    graph.initializers[keep.name] = keep  # an input with a default: callers may leave it out
+    for value, name in zip(graph.outputs, ["logits", *(f"present.{n}" for n in cache_names)], strict=True):
+        value.name = name
     _finish(model, "decoder")
 
 

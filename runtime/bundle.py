@@ -18,6 +18,10 @@ from .strict import convert
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+# Only in bundles for CUDA: the decoder as our engine runs it there, on the same weights, and what picks tokens.
+CUDA_DECODER = "decoder_cuda.onnx"
+GREEDY = "greedy.onnx"
+TOP = "top.onnx"
 
 LayerType = Literal["sliding_attention", "full_attention"]
 KvDtype = Literal["float32", "float16", "int8"]
@@ -197,6 +201,10 @@ class Bundle:
     @property
     def decoder(self) -> Path:
         return self.path / "decoder.onnx"
+
+    @property
+    def cuda_decoder(self) -> Path:
+        return self.path / CUDA_DECODER
 
     @property
     def embeddings(self) -> Path:

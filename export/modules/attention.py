@@ -36,13 +36,15 @@ class Attention(nn.Module):
             values_are_keys = model.keys_are_values and not layer.is_sliding
             self.v_proj = None if values_are_keys else ops.Linear(shape.hidden_size, width, inner)
 
-    def write_and_attend(self, x: Tensor, past: Cache, step: Step) -> tuple[Tensor, Cache]:
-        """All S rows of x write the cache and attend."""
+    def write_and_attend(
+        self, x: Tensor, past: Cache, step: Step, *, keeps: bool = False
+    ) -> tuple[Tensor, Cache]:
+        """All S rows of x write the cache and attend. keeps: return the kept rows only."""
         key, value = self._keys_and_values(x, step)
         output, keys, values = self._attend(
             self._query(x, step), key, value, past, step.written, step, writes=True
         )
-        return self.o_proj(output), (keys, values)
+        return self.o_proj(step.kept.of(output) if keeps else output), (keys, values)
 
     def write(self, x: Tensor, past: Cache, step: Step) -> Cache:
         """All S rows of x write the cache; nothing attends, as far as the operators allow."""
@@ -54,6 +56,7 @@ class Attention(nn.Module):
                 key, key, value, past, step.written, step, writes=True, heads=heads
             )
             return keys, values
+        assert step.positions is not None and step.past_length is not None
         key = ops.rotary(key, step.positions, *self._rope(step), heads=self.layer.kv_heads)
         scales = self._scales(past, step) or (None, None)
         keys, values = (
@@ -160,7 +163,9 @@ def declare_attention_constants(
             constants.declare(f"{name}_{layer.layer_type}", (context, head_dim // 2), inner, make)
         constants.filled(f"ones_{head_dim}", (head_dim,), 1.0, inner)
         constants.filled(f"zeros_1x{heads * head_dim}", (1, 1, heads * head_dim), 0.0, inner)
-        constants.filled(f"zeros_0x{layer.kv_heads * head_dim}", (1, 0, layer.kv_heads * head_dim), 0.0, inner)
+        constants.filled(
+            f"zeros_0x{layer.kv_heads * head_dim}", (1, 0, layer.kv_heads * head_dim), 0.0, inner
+        )
         for count in (heads, layer.kv_heads):
             # No -1: Reshape cannot work out a dimension of a tensor with zero rows.
             constants.integers(f"split_{count}x{head_dim}", 0, 0, count, head_dim)

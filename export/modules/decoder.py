@@ -19,7 +19,7 @@ from .constants import Constants
 from .step import Step, declare_step_constants, read_step
 
 # Products of the MLP may exceed float16's range: with float16 inside, up_proj's weights are stored times this
-# (`plan` does so), and the norm after down_proj, which does not care for its input's scale, takes it out again.
+# (`plan` does so), and the norm after down_proj, which does not care for its input's scale, takes it out.
 PRODUCT_GAIN = 2**-6
 
 ACTIVATIONS = {
@@ -52,9 +52,7 @@ class Decoder(nn.Module):
             self.per_layer_projection_norm = ops.RMSNorm(width, model.rms_norm_eps)
             self._declare_splits()
         declare_step_constants(self.constants)
-        declare_attention_constants(
-            self.constants, model, context=context, kv_dtype=kv_dtype, inner=inner
-        )
+        declare_attention_constants(self.constants, model, context=context, kv_dtype=kv_dtype, inner=inner)
 
     def forward(
         self,
@@ -85,7 +83,7 @@ class Decoder(nn.Module):
             if layer.index < last_cached:
                 hidden, caches[layer.index] = module.all_rows(hidden, next(pasts), step, extra)
             elif layer.index == last_cached:
-                hidden, caches[layer.index] = module.last_cached(hidden, next(pasts), step, extra)
+                hidden, caches[layer.index] = self.last_cached(module, hidden, next(pasts), step, extra)
             else:
                 hidden = module.kept_rows(hidden, caches[layer.source], step, extra)
             if not layer.is_shared:
@@ -94,6 +92,12 @@ class Decoder(nn.Module):
         if (cap := self.model.geometry.final_logit_softcapping) is not None:
             logits = torch.tanh(logits / cap) * cap
         return logits, *present
+
+    def last_cached(
+        self, module: DecoderLayer, hidden: Tensor, past: Cache, step: Step, extra: Tensor | None
+    ) -> tuple[Tensor, Cache]:
+        """The last layer that owns a cache: all rows in, the kept ones out."""
+        return module.last_cached(hidden, past, step, extra)
 
     def _per_layer_extras(
         self, inputs_embeds: Tensor, per_layer_inputs: Tensor | None, step: Step
@@ -164,9 +168,13 @@ class DecoderLayer(nn.Module):
             self.per_layer_projection = ops.Linear(width, shape.hidden_size)
             self.post_per_layer_input_norm = ops.RMSNorm(shape.hidden_size, eps)
 
-    def all_rows(self, hidden: Tensor, past: Cache, step: Step, extra: Tensor | None) -> tuple[Tensor, Cache]:
-        attended, present = self.self_attn.write_and_attend(self.input_layernorm(hidden), past, step)
-        return self._rest(hidden, attended, extra), present
+    def all_rows(
+        self, hidden: Tensor, past: Cache, step: Step, extra: Tensor | None, *, keeps: bool = False
+    ) -> tuple[Tensor, Cache]:
+        """keeps: all rows attend, the kept ones go on."""
+        x = self.input_layernorm(hidden)
+        attended, present = self.self_attn.write_and_attend(x, past, step, keeps=keeps)
+        return self._rest(step.kept.of(hidden) if keeps else hidden, attended, extra), present
 
     def last_cached(
         self, hidden: Tensor, past: Cache, step: Step, extra: Tensor | None

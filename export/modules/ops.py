@@ -27,7 +27,9 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        assert x.dtype == self.weight.dtype, f"x is {x.dtype}, the product is declared for {self.weight.dtype}"
+        assert x.dtype == self.weight.dtype, (
+            f"x is {x.dtype}, the product is declared for {self.weight.dtype}"
+        )
         shape = (*x.shape[:-1], self.weight.shape[0])
         return symbolic(
             f"{PLACEHOLDER_DOMAIN}::{LINEAR}", (x, self.weight), dtype=x.dtype, shape=shape, version=1
@@ -53,7 +55,7 @@ class Table(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, computed in float32. dtype: of the result; x may have another."""
+    """x / rms(x) * weight over the last axis, computed in float32. dtype: of the result, if not of x."""
 
     def __init__(self, width: int, eps: float, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()

@@ -7,6 +7,7 @@ knows nothing of these rules (onnxruntime-genai) can run the same graph.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,16 @@ from .constants import Constants
 INT64_MAX = torch.iinfo(torch.int64).max
 
 Lengths = tuple[Tensor, Tensor]  # tokens in a cache: minus one as (1,) int32, and itself as () int32
+
+
+class Rows(Protocol):
+    """Which rows of a step go on above the last cache."""
+
+    def of(self, x: Tensor) -> Tensor: ...
+
+    def with_filler(self, query: Tensor, zeros: Tensor) -> Tensor: ...
+
+    def without_filler(self, output: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -55,10 +66,10 @@ class Step:
     """What all layers share in one run."""
 
     constants: Constants
-    kept: Kept
-    positions: Tensor  # (1, S)
+    kept: Rows
+    positions: Tensor | None  # (1, S); None where nothing writes a cache without attending
     query_positions: Tensor  # (1, max(R, 1))
-    past_length: Tensor  # (1,) T - S
+    past_length: Tensor | None  # (1,) T - S; None as above
     written: Lengths  # for layers that write
     read_full: Lengths  # for kept rows over a full-attention cache
     read_sliding: Lengths  # for kept rows over a window-sized cache, counted in its own rows
