@@ -23,6 +23,7 @@ import onnx_ir as ir
 
 from .. import __version__
 from ..runtime.bundle import (
+    CUDA_DECODER,
     FORMAT_VERSION,
     MANIFEST,
     Audio,
@@ -41,13 +42,14 @@ from .audio_geometry import AudioModel, parse_audio_model
 from .audio_settings import describe_audio
 from .checkpoint import Checkpoint, open_checkpoint
 from .geometry import TextModel, read_config, read_text_model
-from .plan import AUDIO_DATA, DECODER_DATA, EMBEDDINGS_DATA, Plan
+from .pickers import write_pickers
+from .plan import AUDIO_DATA, DECODER_DATA, EMBEDDINGS_DATA, Plan, inner_type
 from .qat_plan import plan_for
 from .recipes import Recipe
 from .sentencepiece_model import write_sentencepiece_model
 from .source import CheckpointSource, read_json
 from .store import DataFile, Progress, StoredWeight, store_weights
-from .trace import trace_audio, trace_decoder, trace_embeddings
+from .trace import Traced, trace_audio, trace_cuda_decoder, trace_decoder, trace_embeddings
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +138,13 @@ def write_bundle(prepared: Prepared, progress: Progress = lambda name, weights: 
 def _write_graphs(prepared: Prepared, folder: Path, progress: Progress) -> dict[str, StoredWeight]:
     model, plan, checkpoint = prepared.model, prepared.plan, prepared.checkpoint
     progress("tracing", 0)
-    decoder, embeddings = trace_decoder(model, plan.caches), trace_embeddings(model)
+    graphs: dict[str, Traced] = {
+        "embeddings.onnx": trace_embeddings(model),
+        "decoder.onnx": trace_decoder(model, plan.caches, inner_type(prepared.job.profile)),
+    }
+    if prepared.job.profile.execution_provider == "cuda":
+        graphs[CUDA_DECODER] = trace_cuda_decoder(model, plan.caches)
+        write_pickers(folder, model.geometry.vocab_size)
     with (
         DataFile(folder / DECODER_DATA) as decoder_data,
         DataFile(folder / EMBEDDINGS_DATA) as embeddings_data,
@@ -144,7 +152,7 @@ def _write_graphs(prepared: Prepared, folder: Path, progress: Progress) -> dict[
         files = {DECODER_DATA: decoder_data, EMBEDDINGS_DATA: embeddings_data}
         own = [weight for weight in plan.weights if weight.file in files]
         stored = store_weights(files, checkpoint, own, progress)
-        for traced, name in ((embeddings, "embeddings.onnx"), (decoder, "decoder.onnx")):
+        for name, traced in graphs.items():
             graph = attach(
                 traced, stored, checkpoint, decoder_data, head=plan.head, recipe=prepared.job.recipe
             )
