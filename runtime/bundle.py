@@ -18,7 +18,7 @@ from .strict import convert
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-# Only in bundles for CUDA: the decoder as our engine runs it there, on the same weights, and what picks tokens.
+# Only in bundles for CUDA: the decoder as our engine runs it there, on the same weights; what picks tokens.
 CUDA_DECODER = "decoder_cuda.onnx"
 GREEDY = "greedy.onnx"
 TOP = "top.onnx"
