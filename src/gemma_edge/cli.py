@@ -84,8 +84,8 @@ def main(argv: list[str] | None = None) -> int:
         if error.name != "onnxruntime":
             raise
         print(
-            "gemma-edge: onnxruntime is not installed: pip install 'gemma-edge[cpu]', or 'gemma-edge[cuda]' for "
-            "an NVIDIA GPU (a Jetson: docs/install.md)",
+            "gemma-edge: onnxruntime is not installed: pip install 'gemma-edge[cpu]', or 'gemma-edge[cuda]' "
+            "for an NVIDIA GPU (a Jetson: docs/install.md)",
             file=sys.stderr,
         )
         return 1
