@@ -141,7 +141,7 @@ def make_plan(
     if head_is_table:
         model = replace(model, tied_head=True)
     dtype = kv_dtype or profile.kv_cache.dtype
-    if profile.execution_provider == "cuda" and dtype != "float16":
+    if inner_type(profile) == torch.float16 and dtype != "float16":
         raise ConfigError(
             f"{profile.name}: kv_cache.dtype is {dtype}, expected float16, in which CUDA computes attention"
         )

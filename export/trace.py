@@ -27,6 +27,7 @@ from .modules.constants import Constants, Make
 from .modules.cuda_decoder import CudaDecoder
 from .modules.decoder import Decoder
 from .modules.embeddings import Embeddings
+from .modules.prefill import Prefill
 
 OPSET = 23
 TENSOR_SCATTER_OPSET = 24  # the first with TensorScatter; torch writes 23 at most, nothing else used changed
@@ -86,12 +87,12 @@ def trace_decoder(model: TextModel, caches: Caches, inner: torch.dtype = torch.f
     return Traced(graph, _makers(module.constants))
 
 
-def trace_cuda_decoder(model: TextModel, caches: Caches) -> Traced:
+def trace_cuda_decoder(model: TextModel, caches: Caches, inner: torch.dtype) -> Traced:
     """The decoder as our own engine runs it on CUDA: `CudaDecoder`."""
     shape = model.geometry
     width = shape.num_hidden_layers * shape.hidden_size_per_layer_input
     with _fake_tensors():
-        module = CudaDecoder(model, context=caches.context, kv_dtype=caches.dtype)
+        module = CudaDecoder(model, context=caches.context, kv_dtype=caches.dtype, inner=inner)
         module.eval().requires_grad_(False)
         past = _past(caches)
         example = (
@@ -107,6 +108,29 @@ def trace_cuda_decoder(model: TextModel, caches: Caches) -> Traced:
         graph = _export(module, example, (rows, rows if width else None, {}, {}, {}, [{} for _ in past]))
     names = ["inputs_embeds", *(["per_layer_inputs"] if width else []), *CUDA_LENGTHS]
     _name_decoder(graph, names, caches)
+    return Traced(graph, _makers(module.constants))
+
+
+def trace_prefill(model: TextModel, caches: Caches) -> Traced:
+    """The graph that fills the caches from a prompt: `Prefill`."""
+    shape = model.geometry
+    width = shape.num_hidden_layers * shape.hidden_size_per_layer_input
+    with _fake_tensors():
+        module = Prefill(model, context=caches.context, kv_dtype=caches.dtype).eval().requires_grad_(False)
+        past = _past(caches)
+        example = (
+            torch.zeros(1, 5, shape.hidden_size),
+            torch.zeros(1, 5, width) if width else None,
+            torch.zeros(1, 7, dtype=torch.int64),
+            torch.zeros(1, 5, dtype=torch.int64),
+            past,
+        )
+        tokens, total = (torch.export.Dim(name, min=2, max=2**20) for name in ("new", "total"))
+        rows = {1: tokens}
+        dynamic: tuple = (rows, rows if width else None, {1: total}, rows, [{} for _ in past])
+        graph = _export(module, example, dynamic)
+    names = ["inputs_embeds", *(["per_layer_inputs"] if width else []), "attention_mask", "position_ids"]
+    _name_decoder(graph, names, caches, logits=False)
     return Traced(graph, _makers(module.constants))
 
 
@@ -182,17 +206,18 @@ def _makers(constants: Constants) -> dict[str, Make]:
     return {f"constants.{name}": make for name, make in constants.makers.items()}
 
 
-def _name_decoder(model: ir.Model, names: list[str], caches: Caches) -> None:
-    """Give inputs and outputs their public names: those of `names`, then the caches'."""
+def _name_decoder(model: ir.Model, names: list[str], caches: Caches, *, logits: bool = True) -> None:
+    """Give inputs and outputs their public names: those of `names` or `logits`, then the caches'."""
     graph = model.graph
     cache_names = [f"{cache.index}.{part}" for cache in caches.layers for part in ("key", "value")]
     for value, name in zip(
         graph.inputs, [*names, *(f"past_key_values.{n}" for n in cache_names)], strict=True
     ):
         value.name = name
-    for value, name in zip(graph.outputs, ["logits", *(f"present.{n}" for n in cache_names)], strict=True):
+    first = ["logits"] if logits else []
+    for value, name in zip(graph.outputs, [*first, *(f"present.{n}" for n in cache_names)], strict=True):
         value.name = name
-    _finish(model, "decoder")
+    _finish(model, "decoder" if logits else "prefill")
 
 
 def _remove_inputs(graph: ir.Graph, stand_ins: Sequence[ir.Value]) -> None:

@@ -8,7 +8,7 @@ step rebinds one input only: the attention mask, a longer view of one array of o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,8 @@ class Session:
         self.caches = KvCaches(manifest.caches, provider, window=geometry.sliding_window)
         # A gather of a few rows gains nothing from a second pool of threads.
         self.embeddings = open_graph(bundle.embeddings, 1, "cpu")
-        _check_inputs(bundle, self.decoder, self.caches)
+        check_caches(bundle.decoder, self.decoder, self.caches)
+        _check_keep(bundle.decoder, self.decoder)
 
         context, chunk, kept = manifest.caches.context, self.chunk, 1 + longest_draft
         most = max(chunk, kept)  # rows of a run
@@ -165,8 +166,18 @@ def _bind_input(binding: ort.IOBinding, name: str, buffer: npt.NDArray[Any], sha
     binding.bind_input(name, "cpu", 0, buffer.dtype, shape, buffer.ctypes.data)
 
 
-def open_graph(path: Path, threads: int, provider: str) -> ort.InferenceSession:
-    """An ONNX Runtime session with this project's options. Raises BundleError."""
+def open_graph(
+    path: Path,
+    threads: int,
+    provider: str,
+    *,
+    provider_options: Mapping[str, str] | None = None,
+    config: Mapping[str, str] | None = None,
+) -> ort.InferenceSession:
+    """An ONNX Runtime session with this project's options. Raises BundleError.
+
+    provider_options: of CUDA. config: entries of the session's configuration.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -175,13 +186,16 @@ def open_graph(path: Path, threads: int, provider: str) -> ort.InferenceSession:
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.intra_op.spin_duration_us", "50")
     options.log_severity_level = 3
+    for key, value in (config or {}).items():
+        options.add_session_config_entry(key, value)
     name = _PROVIDERS[provider]
     if name not in ort.get_available_providers():
         raise BundleError(
             f"{path.parent}: made for {name}, this onnxruntime has only {ort.get_available_providers()}; "
             "install onnxruntime-gpu or export for another device"
         )
-    providers = [name] if provider == "cpu" else [name, _PROVIDERS["cpu"]]
+    on_gpu = [(name, dict(provider_options or {})), _PROVIDERS["cpu"]]
+    providers = [name] if provider == "cpu" else on_gpu
     try:
         session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as cause:  # onnxruntime raises many classes, all derived from Exception alone
@@ -194,15 +208,15 @@ def open_graph(path: Path, threads: int, provider: str) -> ort.InferenceSession:
     return session
 
 
-def _check_inputs(bundle: Bundle, decoder: ort.InferenceSession, caches: KvCaches) -> None:
+def check_caches(path: Path, decoder: ort.InferenceSession, caches: KvCaches) -> None:
     """The graph and the manifest must speak of the same caches."""
-    have = {value.name for value in decoder.get_inputs()}
-    overridable = {value.name for value in decoder.get_overridable_initializers()}
-    past = {name for name in have if name.startswith("past_key_values.")}
+    past = {value.name for value in decoder.get_inputs() if value.name.startswith("past_key_values.")}
     if past != caches.input_names:
         differing = ", ".join(sorted(past ^ caches.input_names)[:4])
-        raise BundleError(
-            f"{bundle.decoder}: its caches are not the manifest's ({differing}); export it again"
-        )
-    if _KEEP not in have | overridable:
-        raise BundleError(f"{bundle.decoder}: has no input {_KEEP}; export it again with this version")
+        raise BundleError(f"{path}: its caches are not the manifest's ({differing}); export it again")
+
+
+def _check_keep(path: Path, decoder: ort.InferenceSession) -> None:
+    names = [value.name for value in (*decoder.get_inputs(), *decoder.get_overridable_initializers())]
+    if _KEEP not in names:
+        raise BundleError(f"{path}: has no input {_KEEP}; export it again with this version")

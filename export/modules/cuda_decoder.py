@@ -49,8 +49,10 @@ class LastRow:
 class CudaDecoder(Decoder):
     """The same weights and constants under the same names."""
 
-    def __init__(self, model: TextModel, *, context: int, kv_dtype: KvDtype) -> None:
-        super().__init__(model, context=context, kv_dtype=kv_dtype, inner=torch.float16)
+    def __init__(
+        self, model: TextModel, *, context: int, kv_dtype: KvDtype, inner: torch.dtype = torch.float16
+    ) -> None:
+        super().__init__(model, context=context, kv_dtype=kv_dtype, inner=inner)
         self.constants.integers(LAST, -1)
         self.constants.integers("vector_shape", 1)
         last_in_window = model.geometry.sliding_window - 1

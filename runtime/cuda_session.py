@@ -1,0 +1,248 @@
+"""A session on the GPU: caches, activations and logits stay there; ids go in, the picked id comes out.
+
+    ids -> embeddings.onnx (CPU, mapped tables) -> copied rows -> decoder_cuda.onnx -> logits -> greedy.onnx -> id
+
+A decode step always uses the same buffers, so that CUDA can capture it once and replay it: some hundred kernels
+start without the host's doing. The operators read their true lengths from the GPU's memory; what they read on the
+host, when a step is captured, is a bound. Attention's work grows with it, so there are several captures, for
+bounds four times apart.
+
+Captures are made when the session is opened: the run that is captured is computed twice, which would shift
+sliding caches twice if they held anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from .bundle import GREEDY, TOP, Bundle
+from .cache import KvCaches
+from .errors import BundleError
+from .machine import usable_cpus
+from .prompt import Heard
+from .session import check_caches, open_graph
+
+FIRST_BOUND, BOUND_STEP = 1024, 4  # tokens; each bound is so many times the one before
+NOT_CAPTURED = "-1"  # gpu_graph_id of a run that is neither captured nor replayed
+
+DEVICE = "cuda"
+PROVIDER_OPTIONS = {
+    "arena_extend_strategy": "kSameAsRequested",  # on a Jetson what the arena keeps is everybody's memory
+}
+
+
+@dataclass(frozen=True)
+class CudaSettings:
+    """How to run; benchmarks and tests try others than the defaults."""
+
+    capture: bool = True
+    provider_options: Mapping[str, str] = field(default_factory=dict)  # of the decoder's CUDA provider
+    config: Mapping[str, str] = field(default_factory=dict)  # of the decoder's session
+    device: str = DEVICE  # "cpu": the same graph and bindings without a GPU, for tests
+
+
+class CudaSession:
+    """One sequence's model state: positions are the caller's, caches and buffers are here."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        longest_draft: int = 0,
+        settings: CudaSettings | None = None,
+    ) -> None:
+        """longest_draft: must be 0; sliding caches on CUDA have no slack to take guesses back from."""
+        if longest_draft:
+            raise ValueError(f"longest_draft: expected 0 on CUDA, got {longest_draft}")
+        manifest, settings = bundle.manifest, settings or CudaSettings()
+        self.threads = threads or min(manifest.runtime.threads, usable_cpus())
+        self.chunk = min(manifest.runtime.prefill_chunk, manifest.caches.context)
+        self._device, self._window = settings.device, manifest.geometry.sliding_window
+        self._captures = settings.capture and settings.device == DEVICE
+        self.decoder = self._open(bundle.cuda_decoder, settings, captures=self._captures)
+        self.caches = KvCaches(manifest.caches, settings.device, window=self._window)
+        check_caches(bundle.cuda_decoder, self.decoder, self.caches)
+        self.embeddings = open_graph(bundle.embeddings, 1, "cpu")
+        self._pickers = {
+            name: self._open(bundle.path / name, settings, captures=False) for name in (GREEDY, TOP)
+        }
+        self._vocab_size = manifest.geometry.vocab_size
+
+        # Rows from the embeddings graph: inputs_embeds (1, S, hidden), per_layer_inputs (1, S, layers * width).
+        self._names = [value.name for value in self.embeddings.get_outputs()]
+        self._ids = np.zeros((1, 1), np.int64)
+        self._step_inputs = {
+            value.name: self._zeros((1, 1, value.shape[2]), np.float32)
+            for value in self.embeddings.get_outputs()
+        }
+        self._last_position = self._zeros((1, 1), np.int64)
+        self._logits = self._zeros((1, 1, self._vocab_size), np.float32)
+        self._fetched: npt.NDArray[np.floating] | None = None  # logits on the host, once asked for
+        self._bounds = bounds_up_to(manifest.caches.context) if self._captures else ()
+        self._steps = {bound: _Step(self, bound, number) for number, bound in enumerate(self._bounds, 1)}
+        self._exact = _Step(self, 1, None)
+        self._best, self._top = self._bind_pickers()
+        for step in self._steps.values():
+            step.run()
+
+    @property
+    def logits(self) -> npt.NDArray[np.floating]:
+        """Logits of the last position of a prefill or of a step's token, (vocab,): copied from the GPU.
+
+        Good until the next run.
+        """
+        if self._fetched is None:
+            self._fetched = self._logits.numpy()[0, 0]
+        return self._fetched
+
+    def logits_after(self, guesses: int) -> npt.NDArray[np.floating]:
+        raise ValueError(f"guesses: expected none on CUDA, got {guesses}")
+
+    def best(self) -> int:
+        """The id with the largest of the last logits, found on the GPU."""
+        self._pickers[GREEDY].run_with_iobinding(self._best)
+        return int(self._best.get_outputs()[0].numpy()[0])
+
+    def top(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """The ids of the largest logits, in ascending order, and their logits; found on the GPU."""
+        self._pickers[TOP].run_with_iobinding(self._top)
+        ids, scores = (value.numpy() for value in self._top.get_outputs())
+        order = np.argsort(ids)
+        return ids[order], scores[order]
+
+    def prefill(
+        self, ids: npt.NDArray[np.int64], position: int, *, last: bool, heard: Heard | None = None
+    ) -> None:
+        """Run up to `chunk` ids at `position`, `position + 1`, …; `logits` is set whether `last` or not.
+
+        heard: the rows that go in place of some ids' embeddings; those ids are the pad token.
+        """
+        rows = dict(zip(self._names, self.embeddings.run(self._names, {"input_ids": ids[None]}), strict=True))
+        if heard is not None:
+            rows["inputs_embeds"][0, heard.at] = heard.rows
+        total = position + len(ids)
+        binding = self.decoder.io_binding()
+        held = {
+            name: ort.OrtValue.ortvalue_from_numpy(array, self._device, 0) for name, array in rows.items()
+        }
+        for name, value in held.items():
+            binding.bind_ortvalue_input(name, value)
+        self._last_position.update_inplace(np.full((1, 1), total - 1, np.int64))
+        lengths = self._lengths(total)
+        self._bind_state(binding, lengths)
+        self._run(binding, None)
+
+    def step(self, token: int, position: int, draft: Sequence[int] = ()) -> None:
+        """Run one id at `position`; sets the logits after it."""
+        if draft:
+            raise ValueError(f"draft: expected no guesses on CUDA, got {len(draft)}")
+        self._ids[0, 0] = token
+        for name, row in zip(
+            self._names, self.embeddings.run(self._names, {"input_ids": self._ids}), strict=True
+        ):
+            self._step_inputs[name].update_inplace(row)
+        self._last_position.update_inplace(np.full((1, 1), position, np.int64))
+        for bound in self._bounds:
+            if position < bound:
+                self._steps[bound].run()
+                return
+        self._exact.run(position + 1)
+
+    def _run(self, binding: ort.IOBinding, options: ort.RunOptions | None) -> None:
+        self._fetched = None
+        self.decoder.run_with_iobinding(binding, options or _uncaptured())
+
+    def _lengths(self, total: int) -> dict[str, npt.NDArray[np.int32]]:
+        """What the operators read on the host: T and min(T, window), or bounds of them; () int32 each."""
+        return {
+            "total_length": np.array(total, np.int32),
+            "window_length": np.array(min(total, self._window), np.int32),
+        }
+
+    def _bind_state(self, binding: ort.IOBinding, lengths: Mapping[str, npt.NDArray[np.int32]]) -> None:
+        binding.bind_ortvalue_input("last_position", self._last_position)
+        for name, value in lengths.items():  # uncopied: they must outlive the run
+            binding.bind_input(name, "cpu", 0, value.dtype, (), value.ctypes.data)
+        self.caches.bind(binding)
+        binding.bind_ortvalue_output("logits", self._logits)
+
+    def _bind_pickers(self) -> tuple[ort.IOBinding, ort.IOBinding]:
+        bindings = []
+        for name in (GREEDY, TOP):
+            session = self._pickers[name]
+            binding = session.io_binding()
+            binding.bind_ortvalue_input("logits", self._logits)
+            for output in session.get_outputs():
+                dtype = np.int64 if output.type == "tensor(int64)" else np.float32
+                binding.bind_ortvalue_output(output.name, self._zeros(tuple(output.shape), dtype))
+            bindings.append(binding)
+        return bindings[0], bindings[1]
+
+    def _zeros(self, shape: tuple[int, ...], dtype: type[np.generic]) -> ort.OrtValue:
+        return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), self._device, 0)
+
+    def _open(self, path: Path, settings: CudaSettings, *, captures: bool) -> ort.InferenceSession:
+        if not path.is_file():
+            raise BundleError(f"{path}: not there; export the bundle again with this version")
+        if settings.device != DEVICE:
+            return open_graph(path, self.threads, "cpu")
+        load_libraries()
+        options = PROVIDER_OPTIONS | dict(settings.provider_options)
+        return open_graph(
+            path,
+            self.threads,
+            "cuda",
+            provider_options=options | {"enable_cuda_graph": "1" if captures else "0"},
+            config=settings.config,
+        )
+
+
+class _Step:
+    """The binding of a decode step, and how it is run: captured for totals up to a bound, or as it is."""
+
+    def __init__(self, session: CudaSession, bound: int, number: int | None) -> None:
+        """number: of the capture; None: none."""
+        self._session, self._number = session, number
+        self._lengths = session._lengths(bound)
+        self._binding = session.decoder.io_binding()
+        for name, value in session._step_inputs.items():
+            self._binding.bind_ortvalue_input(name, value)
+        session._bind_state(self._binding, self._lengths)
+        self._options = ort.RunOptions()
+        self._options.add_run_config_entry("gpu_graph_id", NOT_CAPTURED if number is None else str(number))
+
+    def run(self, total: int | None = None) -> None:
+        """total: tokens in all after this step, where nothing is captured."""
+        if total is not None:
+            for name, value in self._session._lengths(total).items():
+                self._lengths[name][...] = value
+        self._session._run(self._binding, self._options)
+
+
+def bounds_up_to(context: int) -> tuple[int, ...]:
+    """Totals for which a step is captured: 1,024, 4,096, … and the context."""
+    bounds = [FIRST_BOUND]
+    while bounds[-1] < context:
+        bounds.append(bounds[-1] * BOUND_STEP)
+    return (*bounds[:-1], context)
+
+
+def load_libraries() -> None:
+    """Load CUDA and cuDNN from their Python packages, if they are installed; else the system's are taken."""
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+        ort.preload_dlls()
+
+
+def _uncaptured() -> ort.RunOptions:
+    options = ort.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", NOT_CAPTURED)
+    return options
