@@ -138,12 +138,13 @@ def write_bundle(prepared: Prepared, progress: Progress = lambda name, weights: 
 def _write_graphs(prepared: Prepared, folder: Path, progress: Progress) -> dict[str, StoredWeight]:
     model, plan, checkpoint = prepared.model, prepared.plan, prepared.checkpoint
     progress("tracing", 0)
+    inner = inner_type(prepared.job.profile)
     graphs: dict[str, Traced] = {
         "embeddings.onnx": trace_embeddings(model),
-        "decoder.onnx": trace_decoder(model, plan.caches, inner_type(prepared.job.profile)),
+        "decoder.onnx": trace_decoder(model, plan.caches, inner),
     }
     if prepared.job.profile.execution_provider == "cuda":
-        graphs[CUDA_DECODER] = trace_cuda_decoder(model, plan.caches)
+        graphs[CUDA_DECODER] = trace_cuda_decoder(model, plan.caches, inner)
         write_pickers(folder, model.geometry.vocab_size)
     with (
         DataFile(folder / DECODER_DATA) as decoder_data,
