@@ -1,11 +1,11 @@
 """A session on the GPU: caches, activations and logits stay there; ids go in, the picked id comes out.
 
-    ids -> embeddings.onnx (CPU, mapped tables) -> copied rows -> decoder_cuda.onnx -> logits -> greedy.onnx -> id
+    ids -> embeddings.onnx (CPU, mapped) -> rows -> decoder_cuda.onnx -> logits -> greedy.onnx -> id
 
-A decode step always uses the same buffers, so that CUDA can capture it once and replay it: some hundred kernels
-start without the host's doing. The operators read their true lengths from the GPU's memory; what they read on the
-host, when a step is captured, is a bound. Attention's work grows with it, so there are several captures, for
-bounds four times apart.
+A decode step always uses the same buffers, so that CUDA can capture it once and replay it: hundreds of
+kernels start without the host's doing. The operators read their true lengths from the GPU's memory; what they read on
+the host, when a step is captured, is a bound. Attention's work grows with it, so there are several captures,
+for bounds four times apart.
 
 Captures are made when the session is opened: the run that is captured is computed twice, which would shift
 sliding caches twice if they held anything.
@@ -28,6 +28,7 @@ from .cache import KvCaches
 from .errors import BundleError
 from .machine import usable_cpus
 from .prompt import Heard
+from .sampler import Picks
 from .session import check_caches, open_graph
 
 FIRST_BOUND, BOUND_STEP = 1024, 4  # tokens; each bound is so many times the one before
@@ -77,7 +78,7 @@ class CudaSession:
         }
         self._vocab_size = manifest.geometry.vocab_size
 
-        # Rows from the embeddings graph: inputs_embeds (1, S, hidden), per_layer_inputs (1, S, layers * width).
+        # Of the embeddings graph: inputs_embeds (1, S, hidden), per_layer_inputs (1, S, layers * width).
         self._names = [value.name for value in self.embeddings.get_outputs()]
         self._ids = np.zeros((1, 1), np.int64)
         self._step_inputs = {
@@ -93,6 +94,11 @@ class CudaSession:
         self._best, self._top = self._bind_pickers()
         for step in self._steps.values():
             step.run()
+
+    @property
+    def picks(self) -> Picks:
+        """The largest logits are found here."""
+        return self
 
     @property
     def logits(self) -> npt.NDArray[np.floating]:
@@ -140,6 +146,8 @@ class CudaSession:
         lengths = self._lengths(total)
         self._bind_state(binding, lengths)
         self._run(binding, None)
+        if last and np.isnan(self.logits[0]):
+            raise FloatingPointError("the logits are not numbers; the bundle or its precision is broken")
 
     def step(self, token: int, position: int, draft: Sequence[int] = ()) -> None:
         """Run one id at `position`; sets the logits after it."""

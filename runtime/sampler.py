@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from .errors import RequestError
 Floats = npt.NDArray[np.floating]
 Ids = npt.NDArray[np.integer]
 
+TOP_ENOUGH = 64  # a top-k that `Picks.top` is sure to hold, ties with the k-th included
 _FIRST_GUESS = 256  # candidates sorted first when looking for the top-p set
 
 
@@ -54,6 +55,26 @@ def _check(name: str, value: Any, kind: type, holds: Callable[[Any], bool], expe
         raise RequestError("invalid_request", f"{name}: expected {expected}, got {value!r}")
 
 
+class Picks(Protocol):
+    """Who finds the largest logits without handing all of them out: a GPU."""
+
+    def best(self) -> int: ...
+
+    def top(self) -> tuple[Ids, Floats]:
+        """Ids of the largest, in ascending order, and their logits."""
+        ...
+
+
+class Scored(Protocol):
+    """Who has logits."""
+
+    @property
+    def logits(self) -> Floats: ...
+
+    @property
+    def picks(self) -> Picks | None: ...
+
+
 class Sampler:
     """One generation's choice of tokens: holds the random state and which ids were seen."""
 
@@ -65,6 +86,18 @@ class Sampler:
         if self._penalised:
             self._seen[np.asarray(prompt_ids, dtype=np.int64)] = True
 
+    def pick_from(self, scored: Scored) -> int:
+        """The next token, as `pick` finds it; all logits are only asked for if they are needed."""
+        picks, params = scored.picks, self._params
+        if picks is None or self._penalised:
+            return self.pick(scored.logits)
+        if params.temperature == 0.0:
+            return picks.best()
+        if 0 < params.top_k <= TOP_ENOUGH:
+            ids, scores = picks.top()
+            return int(ids[self._draw(scores)])
+        return self.pick(scored.logits)
+
     def pick(self, logits: Floats) -> int:
         """The next token. `logits` (vocab,) may be changed in place; greedy copies nothing of its size."""
         if self._penalised:
@@ -72,16 +105,20 @@ class Sampler:
         if self._params.temperature == 0.0:
             token = int(logits.argmax())
         else:
-            ids, weights = candidates(logits, self._params)
-            cumulative = np.cumsum(weights, dtype=np.float64)
-            drawn = self._random.random() * cumulative[-1]
-            index = min(int(np.searchsorted(cumulative, drawn, side="right")), len(cumulative) - 1)
-            token = int(ids[index])
+            token = self._draw(logits)
         if math.isnan(logits[token]):
             raise FloatingPointError("the logits are not numbers; the bundle or its precision is broken")
         if self._penalised:
             self._seen[token] = True
         return token
+
+    def _draw(self, logits: Floats) -> int:
+        """An index into `logits`."""
+        ids, weights = candidates(logits, self._params)
+        cumulative = np.cumsum(weights, dtype=np.float64)
+        drawn = self._random.random() * cumulative[-1]
+        index = min(int(np.searchsorted(cumulative, drawn, side="right")), len(cumulative) - 1)
+        return int(ids[index])
 
     def _penalise(self, logits: Floats) -> None:
         seen = np.flatnonzero(self._seen)

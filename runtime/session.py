@@ -22,6 +22,7 @@ from .errors import BundleError
 from .machine import usable_cpus
 from .pieces import pieces
 from .prompt import Heard
+from .sampler import Picks
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -30,6 +31,8 @@ _KEEP = "logits_to_keep"
 
 class Session:
     """One sequence's model state: positions are the caller's, caches and buffers are here."""
+
+    picks: Picks | None = None  # the logits are at hand: the sampler looks for itself
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None, longest_draft: int = 0) -> None:
         """longest_draft: guesses that one `step` may run after its token."""
