@@ -24,7 +24,7 @@ from .errors import RequestError
 from .prefix import Reuse, ReuseSettings, open_reuse
 from .prompt import Chunk, Chunks, Part, Start
 from .sampler import Sampler, SamplingParams
-from .session import Session
+from .sessions import open_session
 from .stats import EngineFinish, GenerationStats
 
 __all__ = ["CancelSignal", "Engine", "GenerationStats", "SamplingParams"]
@@ -63,7 +63,7 @@ class Engine:
         audio = bundle.manifest.audio
         self._placeholder = self._pad if audio is None else audio.tokens.placeholder
         guesses = min(speculate, MOST_DRAFT, longest_draft(bundle.manifest))
-        self._session = Session(bundle, threads=threads, longest_draft=guesses)
+        self._session = open_session(bundle, threads=threads, longest_draft=guesses)
         self._drafts = Drafts(guesses) if guesses else None
         self._reuse = open_reuse(bundle, self._session.caches, reuse) if reuse is not None else None
         self._generation = 0
@@ -185,7 +185,7 @@ class Engine:
                 tally.prefill_s += time.perf_counter() - before
             wanted = self._check_room(chunks.length, max_new_tokens)
             sampler = Sampler(params, chunks.ids, self._vocab_size)
-            picked = [sampler.pick(self._session.logits)]
+            picked = [sampler.pick_from(self._session)]
             tally.ttft_s = time.perf_counter() - start
             if self._drafts is not None:
                 guesser = self._drafts.begin(chunks.ids, self.eos)
@@ -243,7 +243,7 @@ class Engine:
         if self._reuse is not None:
             self._reuse.running()
         self._session.step(token, position, draft)
-        picked = [sampler.pick(self._session.logits)]
+        picked = [sampler.pick_from(self._session)]
         for right, guess in enumerate(draft, 1):
             if picked[-1] != guess:
                 break
