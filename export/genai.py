@@ -9,10 +9,8 @@ from typing import Any
 import onnx_ir as ir
 
 from ..runtime.bundle import Caches, Tokens
+from ..runtime.genai_files import TEXT
 from .geometry import SLIDING, TextModel
-
-GRAPH = "text.onnx"
-CONFIG = "genai_config.json"
 
 
 def write_text_graph(embeddings: Path, decoder: Path, out: Path) -> None:
@@ -41,13 +39,8 @@ def write_text_graph(embeddings: Path, decoder: Path, out: Path) -> None:
         if value.name in joined:
             value.replace_all_uses_with(joined[value.name])
             graph.inputs.remove(value)
-        elif value.name == "logits_to_keep":
-            graph.inputs.remove(value)
     graph.inputs.insert(0, ids)
-    logits = graph.outputs[0]
-    assert logits.shape is not None
-    logits.shape = ir.Shape([1, 1, logits.shape[2]])  # as the other engine allocates it
-    _free_capacities(graph)
+    free_for_genai(graph)
     ir.save(model, out)
 
 
@@ -57,7 +50,7 @@ def genai_config(model: TextModel, caches: Caches, tokens: Tokens) -> dict[str, 
     sliding = [cache.index for cache in caches.layers if cache.layer_type == SLIDING]
     decoder: dict[str, Any] = {
         "session_options": {"provider_options": []},
-        "filename": GRAPH,
+        "filename": TEXT,
         "head_size": shape.head_dim,
         "hidden_size": shape.hidden_size,
         "num_attention_heads": shape.num_attention_heads,
@@ -104,6 +97,17 @@ def genai_config(model: TextModel, caches: Caches, tokens: Tokens) -> dict[str, 
 
 def write_genai_config(path: Path, model: TextModel, caches: Caches, tokens: Tokens) -> None:
     path.write_text(json.dumps(genai_config(model, caches, tokens), indent=2) + "\n", encoding="utf-8")
+
+
+def free_for_genai(graph: ir.Graph) -> None:
+    """Let onnxruntime-genai allocate logits and caches; `logits_to_keep` becomes a constant."""
+    for value in list(graph.inputs):
+        if value.name == "logits_to_keep":
+            graph.inputs.remove(value)
+    logits = graph.outputs[0]
+    assert logits.shape is not None
+    logits.shape = ir.Shape([1, 1, logits.shape[2]])
+    _free_capacities(graph)
 
 
 def _free_capacities(graph: ir.Graph) -> None:

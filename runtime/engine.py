@@ -22,7 +22,7 @@ from .bundle import Bundle, Manifest
 from .drafts import MOST_DRAFT, Drafts, Guesser
 from .errors import RequestError
 from .prefix import Reuse, ReuseSettings, open_reuse
-from .prompt import Chunk, Chunks, Part, Start
+from .prompt import Chunk, Chunks, Part, Start, check_ids, check_wanted, room_after
 from .sampler import Sampler, SamplingParams
 from .sessions import open_session
 from .stats import EngineFinish, GenerationStats
@@ -99,10 +99,7 @@ class Engine:
 
         What the iterator of `parts` raises passes through. Raises RequestError when a part is too much.
         """
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise RequestError(
-                "invalid_request", f"max_new_tokens: expected at least 1, got {max_new_tokens}"
-            )
+        check_wanted(max_new_tokens)
         chunks = self._begin(parts)
         return self._run(chunks, params or SamplingParams(), max_new_tokens, cancel, self._generation)
 
@@ -142,24 +139,10 @@ class Engine:
         )
 
     def _check_room(self, length: int, max_new_tokens: int | None) -> int:
-        """How many new tokens there may be after a prompt of `length`."""
-        room = self.context - length
-        wanted = room if max_new_tokens is None else max_new_tokens
-        if wanted > room or room < 1:
-            raise RequestError(
-                "context_length_exceeded",
-                f"the prompt has {length} tokens, {max(wanted, 1)} new ones asked for, the context holds "
-                f"{self.context}; shorten the prompt, ask for fewer, or export with a larger --context",
-            )
-        return wanted
+        return room_after(length, max_new_tokens, self.context)
 
     def _check_prompt(self, prompt_ids: Sequence[int]) -> npt.NDArray[np.int64]:
-        ids = np.asarray(prompt_ids, dtype=np.int64)
-        if ids.ndim != 1 or ids.size == 0:
-            raise RequestError("invalid_request", "the prompt is empty; give at least one token")
-        if ids.min() < 0 or ids.max() >= self._vocab_size:
-            raise RequestError("invalid_request", f"prompt ids must be in 0…{self._vocab_size - 1}")
-        return ids
+        return check_ids(prompt_ids, self._vocab_size)
 
     def _run(
         self,

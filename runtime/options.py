@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,14 @@ if TYPE_CHECKING:
     from .bundle import Bundle
     from .chat import ChatTemplate
     from .engine import Engine
+    from .genai_engine import GenaiEngine
     from .tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 MIB = 2**20
 AUTO_DRAFT = 8
+ENGINES = ("builtin", "genai")
 TURN = "<|turn>"
 SYSTEM = "system"
 
@@ -29,10 +34,16 @@ SYSTEM = "system"
 def add_engine_arguments(parser: argparse._ActionsContainer) -> None:
     """Declare them, for a parser or a group of arguments."""
     parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default=ENGINES[0],
+        help="what runs the model: this project's engine, or onnxruntime-genai, which has no prefix cache "
+        f"and makes no guesses (default: {ENGINES[0]})",
+    )
+    parser.add_argument(
         "--speculate",
         metavar="N|off|auto",
         type=_speculate,
-        default=AUTO_DRAFT,
         help=f"guess up to N tokens (at most {MOST_DRAFT}) and check them in one pass; as many as pay off "
         f"(default: auto, which is {AUTO_DRAFT})",
     )
@@ -52,9 +63,14 @@ def add_engine_arguments(parser: argparse._ActionsContainer) -> None:
 
 
 def open_engine(
-    bundle: Bundle, args: argparse.Namespace, tokenizer: Tokenizer, *, reuse: bool = True
-) -> Engine:
-    """The engine that the arguments (and `--threads`) ask for. reuse: False for a single request."""
+    bundle: Bundle, args: argparse.Namespace, tokenizer: Tokenizer, *, reuse: bool = True, hears: bool = False
+) -> Engine | GenaiEngine:
+    """The engine that the arguments (and `--threads`) ask for.
+
+    reuse: False for a single request. hears: whether there may be sounds; genai loads other graphs then.
+    """
+    if args.engine == "genai":
+        return _open_genai(bundle, args, hears)
     from .engine import Engine  # loads onnxruntime, which --help needs not wait for
     from .prefix import ReuseSettings, default_budget_bytes
 
@@ -64,11 +80,31 @@ def open_engine(
         bundle,
         threads=args.threads,
         reuse=settings if reuse or args.prefix_dir is not None else None,
-        speculate=args.speculate,
+        speculate=AUTO_DRAFT if args.speculate is None else args.speculate,
     )
 
 
-def pin(engine: Engine, tokenizer: Tokenizer, template: ChatTemplate, file: Path) -> None:
+def _open_genai(bundle: Bundle, args: argparse.Namespace, hears: bool) -> GenaiEngine:
+    """Raises ConfigError for what only the built-in engine does."""
+    asked = {
+        "--speculate": args.speculate,
+        "--prefix-cache": args.prefix_cache,
+        "--prefix-dir": args.prefix_dir,
+        "--pin": getattr(args, "pin", None),
+    }
+    if refused := [option for option, value in asked.items() if value]:
+        raise ConfigError(
+            f"--engine genai: has no prefix cache and makes no guesses; leave out {', '.join(refused)}, "
+            "or take --engine builtin"
+        )
+    from .genai_engine import GenaiEngine
+
+    engine = GenaiEngine(bundle, threads=args.threads, hears=hears and bundle.manifest.audio is not None)
+    log.info("onnxruntime-genai: no prefix cache, no guesses; a prompt runs when it is there whole")
+    return engine
+
+
+def pin(engine: Engine | GenaiEngine, tokenizer: Tokenizer, template: ChatTemplate, file: Path) -> None:
     """Run a system prompt now and keep it. `file`: its text, or JSON with "messages" and "tools".
 
     Raises ConfigError if the file cannot be read, RequestError if there is no room.

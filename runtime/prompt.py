@@ -172,6 +172,34 @@ class Chunks:
         self._done += count
 
 
+def check_ids(ids: Sequence[int], vocab_size: int) -> npt.NDArray[np.int64]:
+    """A whole prompt's ids as an array. Raises RequestError."""
+    found = np.asarray(ids, dtype=np.int64)
+    if found.ndim != 1 or found.size == 0:
+        raise RequestError("invalid_request", "the prompt is empty; give at least one token")
+    if found.min() < 0 or found.max() >= vocab_size:
+        raise RequestError("invalid_request", f"prompt ids must be in 0…{vocab_size - 1}")
+    return found
+
+
+def check_wanted(max_new_tokens: int | None) -> None:
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise RequestError("invalid_request", f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+
+
+def room_after(length: int, max_new_tokens: int | None, context: int) -> int:
+    """How many new tokens there may be after a prompt of `length`. Raises RequestError."""
+    room = context - length
+    wanted = room if max_new_tokens is None else max_new_tokens
+    if wanted > room or room < 1:
+        raise RequestError(
+            "context_length_exceeded",
+            f"the prompt has {length} tokens, {max(wanted, 1)} new ones asked for, the context holds "
+            f"{context}; shorten the prompt, ask for fewer, or export with a larger --context",
+        )
+    return wanted
+
+
 def _soft_key(row: npt.NDArray[np.float32]) -> int:
     """Below zero, where no token id is: 63 bits of the row's hash."""
     digest = hashlib.blake2b(row.tobytes(), digest_size=8).digest()

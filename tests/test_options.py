@@ -37,7 +37,7 @@ def parsed(*arguments: str) -> argparse.Namespace:
 
 def test_defaults():
     args = parsed()
-    assert (args.speculate, args.prefix_cache, args.prefix_dir) == (8, None, None)
+    assert (args.engine, args.speculate, args.prefix_cache, args.prefix_dir) == ("builtin", None, None, None)
 
 
 @pytest.mark.parametrize(

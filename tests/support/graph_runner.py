@@ -17,13 +17,16 @@ class GraphRunner:
     """One sequence over a bundle's embeddings.onnx and decoder.onnx."""
 
     def __init__(self, folder: Path) -> None:
+        self.bundle = open_bundle(folder)
+        self.embeddings = self.open("embeddings.onnx")
+        self.decoder = self.open("decoder.onnx")
+        self.reset()
+
+    def open(self, graph: str) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
-        self.bundle = open_bundle(folder)
-        self.embeddings = ort.InferenceSession(str(folder / "embeddings.onnx"), options)
-        self.decoder = ort.InferenceSession(str(folder / "decoder.onnx"), options)
-        self.reset()
+        return ort.InferenceSession(str(self.bundle.path / graph), options)
 
     def reset(self) -> None:
         caches = self.bundle.manifest.caches
