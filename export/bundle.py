@@ -22,6 +22,7 @@ import msgspec
 import onnx_ir as ir
 
 from .. import __version__
+from ..runtime import genai_files
 from ..runtime.bundle import (
     CUDA_DECODER,
     FORMAT_VERSION,
@@ -41,6 +42,7 @@ from .attach import attach
 from .audio_geometry import AudioModel, parse_audio_model
 from .audio_settings import describe_audio
 from .checkpoint import Checkpoint, open_checkpoint
+from .genai_audio import write_audio_variant
 from .geometry import TextModel, read_config, read_text_model
 from .pickers import write_pickers
 from .plan import AUDIO_DATA, DECODER_DATA, EMBEDDINGS_DATA, Plan, inner_type
@@ -126,8 +128,12 @@ def write_bundle(prepared: Prepared, progress: Progress = lambda name, weights: 
     with _written_aside(job.out, job.force) as folder:
         write_sentencepiece_model(job.source.folder / "tokenizer.json", folder / "tokenizer.model")
         stored = _write_graphs(prepared, folder, progress)
-        genai.write_text_graph(folder / "embeddings.onnx", folder / "decoder.onnx", folder / genai.GRAPH)
-        genai.write_genai_config(folder / genai.CONFIG, prepared.model, prepared.plan.caches, prepared.tokens)
+        genai.write_text_graph(folder / "embeddings.onnx", folder / "decoder.onnx", folder / genai_files.TEXT)
+        genai.write_genai_config(
+            folder / genai_files.CONFIG, prepared.model, prepared.plan.caches, prepared.tokens
+        )
+        if prepared.ears is not None:
+            write_audio_variant(folder, prepared.ears[1].tokens, prepared.tokens)
         _copy_files(prepared, folder)
         progress("hashing", 0)
         manifest = _manifest(prepared, stored, folder)
