@@ -3,9 +3,9 @@
     ids -> embeddings.onnx (CPU, mapped) -> rows -> decoder_cuda.onnx -> logits -> greedy.onnx -> id
 
 A decode step always uses the same buffers, so that CUDA can capture it once and replay it: hundreds of
-kernels start without the host's doing. The operators read their true lengths from the GPU's memory; what they read on
-the host, when a step is captured, is a bound. Attention's work grows with it, so there are several captures,
-for bounds four times apart.
+kernels start without the host's doing. The operators read their true lengths from the GPU's memory; what they
+read on the host, when a step is captured, is a bound. Attention's work grows with it, so there are several
+captures, each bound twice the one before.
 
 Captures are made when the session is opened: the run that is captured is computed twice, which would shift
 sliding caches twice if they held anything.
@@ -31,7 +31,7 @@ from .prompt import Heard
 from .sampler import Picks
 from .session import check_caches, open_graph
 
-FIRST_BOUND, BOUND_STEP = 1024, 4  # tokens; each bound is so many times the one before
+FIRST_BOUND, BOUND_STEP = 1024, 2  # tokens; each bound is so many times the one before
 NOT_CAPTURED = "-1"  # gpu_graph_id of a run that is neither captured nor replayed
 
 DEVICE = "cuda"
@@ -237,7 +237,7 @@ class _Step:
 
 
 def bounds_up_to(context: int) -> tuple[int, ...]:
-    """Totals for which a step is captured: 1,024, 4,096, … and the context."""
+    """Totals for which a step is captured: 1,024, 2,048, … and the context."""
     bounds = [FIRST_BOUND]
     while bounds[-1] < context:
         bounds.append(bounds[-1] * BOUND_STEP)
