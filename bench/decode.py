@@ -1,9 +1,11 @@
-"""Speed of one bundle: prefill, decode, first token, and what a decode step spends outside ONNX Runtime.
+"""Speed of one bundle: prefill, decode, first token, and where a decode step spends its time.
 
-python bench/decode.py BUNDLE [--prompt-tokens 128 1024] [--new-tokens 64] [--repeats 5] [--threads N]
+    python bench/decode.py BUNDLE [--prompt-tokens 128 1024] [--depths 0 1024] [--new-tokens 64] [--threads N] ...
 
 Figures are medians over repeats (for a step: over all steps). A decode step cannot be faster than reading the
-weights once, so its speed is also given as a share of that.
+weights and the caches in use once, so its speed is also given as a share of that: of the bandwidth with which as
+many threads read memory here. For each depth a table has the step by operator: bytes read, time, bandwidth
+(bench/operators.py, which needs the onnx package).
 """
 
 from __future__ import annotations
@@ -14,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import operators
 from common import machine, median, print_json, print_machine, read_bandwidth_bytes_per_s
 
-from gemma_edge.runtime.bundle import open_bundle
+from gemma_edge.runtime.bundle import Bundle, open_bundle
 from gemma_edge.runtime.engine import Engine
 from gemma_edge.runtime.sampler import SamplingParams
 from gemma_edge.runtime.stats import memory_use
+
+STEPS = 24  # of a table by operator
 
 
 class RunClock:
@@ -60,13 +65,60 @@ def measure(engine: Engine, prompt: list[int], new_tokens: int, params: Sampling
     return {"prefill_s": stats.prefill_s, "ttft_s": first_s, "steps": steps, "outside": outside}
 
 
+def measure_depth(session: Any, bundle: Bundle, depth: int, steps: int, bandwidth: float) -> dict[str, Any]:
+    """The step by operator after `depth` tokens, and how fast a whole one is without the profile."""
+    random = np.random.default_rng(0)
+    vocab = bundle.manifest.geometry.vocab_size
+    ids = random.integers(3, vocab, depth)
+    for first in range(0, depth, session.chunk):
+        chunk = ids[first : first + session.chunk]
+        session.prefill(chunk, first, last=first + len(chunk) == depth)
+    times = []
+    for step in range(operators.WARM_UP + steps):
+        start = time.perf_counter()
+        session.step(int(random.integers(3, vocab)), depth + step)
+        times.append(time.perf_counter() - start)
+    step_s = median(times[operators.WARM_UP :])
+    rows = operators.profile_steps(session, bundle, depth, steps)
+    caches = sum(row.read_bytes for row in rows if row.operator.startswith("attention"))
+    read_bytes = bundle.manifest.memory.read_per_token_bytes + caches
+    share = read_bytes / step_s / bandwidth
+    print(
+        f"\ndepth {depth}: {step_s * 1e3:.2f} ms a step, {1 / step_s:.2f} tok/s, "
+        f"{read_bytes / 1e6:.0f} MB read"
+    )
+    print(f"= {read_bytes / step_s / 1e9:.1f} GB/s, {share:.0%} of {bandwidth / 1e9:.1f} GB/s; profiled:")
+    print(f"  {'operator':36}{'calls':>6}{'ms':>9}{'MB':>9}{'GB/s':>7}")
+    for row in rows:
+        read = f"{row.read_bytes / 1e6:9.1f}{row.gb_s:7.1f}" if row.read_bytes else ""
+        print(f"  {row.operator:36}{row.calls:6}{row.ms:9.3f}{read}")
+    return {
+        "depth": depth,
+        "step_ms": round(step_s * 1e3, 3),
+        "decode_tok_s": round(1 / step_s, 2),
+        "read_bytes": read_bytes,
+        "share_of_bandwidth": round(share, 3),
+        "operators": [
+            {
+                "operator": row.operator,
+                "calls": row.calls,
+                "ms": round(row.ms, 3),
+                "read_bytes": row.read_bytes,
+            }
+            for row in rows
+        ],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[128])
+    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[128, 1024])
+    parser.add_argument("--depths", type=int, nargs="*", default=[0, 1024], help="of the steps by operator")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--no-tables", action="store_true", help="no steps by operator")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-p", type=float, default=1.0)
     args = parser.parse_args()
@@ -117,6 +169,16 @@ def main() -> None:
         )
     memory = memory_use()
     print(f"memory: {memory}")
+    depths = [] if args.no_tables else args.depths
+    if too_deep := [depth for depth in depths if depth + 2 * STEPS > bundle.manifest.caches.context]:
+        print(
+            f"left out: depths {too_deep}, beyond this bundle's context of {bundle.manifest.caches.context}"
+        )
+    by_depth = [
+        measure_depth(engine._session, bundle, depth, STEPS, bandwidth)
+        for depth in depths
+        if depth not in too_deep
+    ]
     print_json(
         {
             "bench": "decode",
@@ -130,6 +192,7 @@ def main() -> None:
             "anonymous_bytes": memory.anonymous_bytes,
             "file_bytes": memory.file_bytes,
             "rows": rows,
+            "depths": by_depth,
             "machine": about,
         }
     )

@@ -27,6 +27,8 @@ from .sampler import Picks
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _KEEP = "logits_to_keep"
+# Fewer rows of a prompt are run on the decoder graph though there is one for prefill: its weights have fewer bytes.
+LEAST_PROMPT_ROWS = 8
 
 
 class Session:
@@ -46,6 +48,7 @@ class Session:
         self.decoder = open_graph(bundle.decoder, self.threads, provider)
         # After open_graph, which says what is missing for CUDA.
         self.caches = KvCaches(manifest.caches, provider, window=geometry.sliding_window)
+        self.prompts = _open_prefill(bundle, self.threads, self.caches)
         # A gather of a few rows gains nothing from a second pool of threads.
         self.embeddings = open_graph(bundle.embeddings, 1, "cpu")
         check_caches(bundle.decoder, self.decoder, self.caches)
@@ -69,6 +72,7 @@ class Session:
         self._chunk_rows = chunk
         self._embed_chunk = self._bind_embeddings(chunk)
         self._decode_chunk = {keep: self._bind_decoder(chunk, keep) for keep in (0, 1)}
+        self._prompt_chunk = self._bind_prompt(chunk, 0) if self.prompts is not None else None
         self._shrink = ort.RunOptions()
         self._shrink.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
@@ -97,13 +101,26 @@ class Session:
         self.embeddings.run_with_iobinding(self._embeddings_for(rows))
         if heard is not None:
             self._embedded["inputs_embeds"][0, heard.at] = heard.rows
-        for first, count in self._pieces(rows, position):
-            end = first + count
+        done = self._fill_caches(rows - 1 if last else rows, position)
+        for start, count in self._pieces(rows - done, position + done):
+            first, end = done + start, done + start + count
             ends = last and end == rows
             decode = self._decoder_for(first, count, keep=1 if ends else 0)
             self._bind_mask(decode, position + end)
             # The last piece gives the arena's memory for wide activations back: decoding needs little.
             self.decoder.run_with_iobinding(decode, self._shrink if ends and rows > 1 else None)
+
+    def _fill_caches(self, rows: int, position: int) -> int:
+        """Run `rows` rows on the prefill graph, if there is one and it is worth it; how many were run."""
+        if self.prompts is None or rows < LEAST_PROMPT_ROWS:
+            return 0
+        for first, count in pieces(rows, position, self._heads):
+            whole = first == 0 and count == self._chunk_rows
+            binding = self._prompt_chunk if whole else self._bind_prompt(count, first)
+            self._bind_mask(binding, position + first + count)
+            ends = first + count == rows < self._chunk_rows
+            self.prompts.run_with_iobinding(binding, self._shrink if ends else None)
+        return rows
 
     def step(self, token: int, position: int, draft: Sequence[int] = ()) -> None:
         """Run one id at `position`, and guesses at the ids after it; sets the logits after each.
@@ -148,9 +165,7 @@ class Session:
     def _bind_decoder(self, rows: int, keep: int, first: int = 0) -> ort.IOBinding:
         """first: row of the buffers to begin with."""
         binding = self.decoder.io_binding()
-        for name, buffer in self._embedded.items():
-            _bind_input(binding, name, buffer[:, first:], (1, rows, buffer.shape[2]))
-        _bind_input(binding, "position_ids", self._positions[:, first:], (1, rows))
+        self._bind_rows(binding, rows, first)
         _bind_input(binding, _KEEP, self._keep[keep], (1,))
         self.caches.bind(binding)
         if keep:
@@ -160,6 +175,19 @@ class Session:
             binding.bind_output("logits", "cpu")  # (1, 0, vocab): nothing to keep
         return binding
 
+    def _bind_prompt(self, rows: int, first: int) -> ort.IOBinding:
+        """first: row of the buffers to begin with."""
+        assert self.prompts is not None
+        binding = self.prompts.io_binding()
+        self._bind_rows(binding, rows, first)
+        self.caches.bind(binding)
+        return binding
+
+    def _bind_rows(self, binding: ort.IOBinding, rows: int, first: int) -> None:
+        for name, buffer in self._embedded.items():
+            _bind_input(binding, name, buffer[:, first:], (1, rows, buffer.shape[2]))
+        _bind_input(binding, "position_ids", self._positions[:, first:], (1, rows))
+
     def _bind_mask(self, binding: ort.IOBinding, length: int) -> None:
         _bind_input(binding, "attention_mask", self._ones, (1, length))
 
@@ -167,6 +195,21 @@ class Session:
 def _bind_input(binding: ort.IOBinding, name: str, buffer: npt.NDArray[Any], shape: tuple[int, ...]) -> None:
     """Bind the first elements of `buffer` as a tensor of `shape`, uncopied: it must outlive the binding."""
     binding.bind_input(name, "cpu", 0, buffer.dtype, shape, buffer.ctypes.data)
+
+
+def session_options(threads: int) -> ort.SessionOptions:
+    """What every session of this project is opened with. All of it is measured: docs/decisions.md."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # Patterns are kept per chunk length and only cost memory; threads that spin longer gain nothing on an idle
+    # machine and starve each other on a busy one.
+    options.enable_mem_pattern = False
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "50")
+    # Attention that is sure of itself leaves probabilities under 1e-38, which x86 multiplies many times slower.
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    options.log_severity_level = 3
+    return options
 
 
 def open_graph(
@@ -181,14 +224,7 @@ def open_graph(
 
     provider_options: of CUDA. config: entries of the session's configuration.
     """
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    # Measured, docs/decisions.md: patterns are kept per chunk length and only cost memory; threads that spin
-    # longer gain nothing on an idle machine and starve each other on a busy one.
-    options.enable_mem_pattern = False
-    options.add_session_config_entry("session.intra_op.spin_duration_us", "50")
-    options.log_severity_level = 3
+    options = session_options(threads)
     for key, value in (config or {}).items():
         options.add_session_config_entry(key, value)
     name = _PROVIDERS[provider]
@@ -208,6 +244,15 @@ def open_graph(
             f"{path.parent}: made for {name}, which onnxruntime could not start (is CUDA installed?); "
             "install what it needs or export for another device"
         )
+    return session
+
+
+def _open_prefill(bundle: Bundle, threads: int, caches: KvCaches) -> ort.InferenceSession | None:
+    """The session that fills the caches from a prompt; None if prompts run on the decoder graph."""
+    if bundle.manifest.prefill is None:
+        return None
+    session = open_graph(bundle.prefill, threads, "cpu")
+    check_caches(bundle.prefill, session, caches)
     return session
 
 
