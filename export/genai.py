@@ -47,7 +47,7 @@ def write_text_graph(embeddings: Path, decoder: Path, out: Path) -> None:
 def genai_config(model: TextModel, caches: Caches, tokens: Tokens) -> dict[str, Any]:
     """genai_config.json for onnxruntime-genai 0.18."""
     shape = model.geometry
-    sliding = [cache.index for cache in caches.layers if cache.layer_type == SLIDING]
+    sliding = [cache for cache in caches.layers if cache.layer_type == SLIDING]
     decoder: dict[str, Any] = {
         "session_options": {"provider_options": []},
         "filename": TEXT,
@@ -72,7 +72,8 @@ def genai_config(model: TextModel, caches: Caches, tokens: Tokens) -> dict[str, 
     if sliding:
         decoder["sliding_window"] = {
             "window_size": shape.sliding_window,
-            "layers": sliding,
+            "cache_slack": sliding[0].capacity - shape.sliding_window,  # CUDA's operator takes none
+            "layers": [cache.index for cache in sliding],
             "slide_inputs": False,
             "slide_key_value_cache": False,
         }

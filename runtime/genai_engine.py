@@ -11,7 +11,6 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +105,7 @@ class GenaiEngine:
             return self._genai.Model(config)
         except Exception as cause:  # genai raises RuntimeError and classes of its own
             raise BundleError(
-                f"{bundle.path}: {PACKAGE} {version(PACKAGE)} cannot load it ({cause}); export it again, or "
+                f"{bundle.path}: {PACKAGE} {self._genai.__version__} cannot load it ({cause}); export it again, or "
                 "leave out --engine genai"
             ) from cause
 

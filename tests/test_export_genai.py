@@ -73,5 +73,6 @@ def test_the_configuration_names_the_caches(tiny_bundle):
     decoder = config["model"]["decoder"]
     assert config["model"]["type"] == "gemma4_text" and decoder["filename"] == "text.onnx"
     assert decoder["num_hidden_layers"] == 3 and decoder["sliding_window"]["layers"] == [0, 1]
+    assert decoder["sliding_window"]["cache_slack"] == 4
     assert config["model"]["eos_token_id"] == [1, 16, 9]
     assert config["search"]["past_present_share_buffer"] is True

@@ -84,8 +84,8 @@ def test_greedy_tokens_are_the_built_in_engines(
         assert 0 < stats.prefill_s <= stats.ttft_s
 
 
-@pytest.mark.parametrize("options", [{"kv": "float16"}, {"kv": "int8"}], ids=str)
-def test_other_caches(tiny_bundle, options: dict):
+@pytest.mark.parametrize("options", [{"kv": "float16"}, {"kv": "int8"}, {"recipe": "int4"}], ids=str)
+def test_other_caches_and_quantized_weights(tiny_bundle, options: dict):
     bundle = tiny_bundle(context=192, chunk=16, **options).bundle
     prompt = prompt_of(16, seed=3)  # one chunk: a tiny random model makes much of rounding between chunks
     expected = list(Engine(bundle, threads=1).generate(prompt, max_new_tokens=12))
