@@ -105,8 +105,8 @@ class GenaiEngine:
             return self._genai.Model(config)
         except Exception as cause:  # genai raises RuntimeError and classes of its own
             raise BundleError(
-                f"{bundle.path}: {PACKAGE} {self._genai.__version__} cannot load it ({cause}); export it again, or "
-                "leave out --engine genai"
+                f"{bundle.path}: {PACKAGE} {self._genai.__version__} cannot load it ({cause}); export "
+                "it again, or leave out --engine genai"
             ) from cause
 
     def _run(
