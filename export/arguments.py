@@ -20,7 +20,18 @@ def add_export_arguments(parser: argparse.ArgumentParser, *, out_is_positional: 
     parser.add_argument(
         "--context", type=_tokens, metavar="N", help="tokens of context (default: the profile's)"
     )
+    parser.add_argument(
+        "--prefill-weights",
+        choices=("shared", "int8"),
+        help="prompts are multiplied with the decoder's weights, or with an int8 copy of the lower layers', "
+        "which is faster and larger (default: the recipe's, else the profile's)",
+    )
     parser.add_argument("--no-audio", action="store_true", help="leave the model's audio encoder out")
+    parser.add_argument(
+        "--drafter",
+        metavar="PATH|HUB_ID",
+        help="the model's drafter (gemma4_assistant), as google/gemma-4-E2B-it-assistant: it guesses tokens",
+    )
     default = "bundle folder (default: bundles/MODEL-DEVICE-RECIPE)"
     if out_is_positional:
         parser.add_argument("out", nargs="?", type=Path, metavar="OUT", help=default)

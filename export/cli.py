@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -27,11 +28,18 @@ def run_export(args: argparse.Namespace) -> int:
     with _terminated_as_interrupted():
         profile = resolve_profile(args.device)
         recipe = load_recipe(args.recipe or profile.default_recipe)
+        if args.prefill_weights is not None:
+            recipe = replace(recipe, prefill_weights=args.prefill_weights)
         source = find_checkpoint(
             args.model or profile.default_model, revision=args.revision, offline=args.offline
         )
         out = args.out or BUNDLES / f"{source.name}-{profile.name}-{recipe.name}"
-        job = Job(source, profile, recipe, args.context, out, args.force, audio=not args.no_audio)
+        drafter = None
+        if args.drafter is not None:
+            drafter = find_checkpoint(args.drafter, offline=args.offline, tokenizer=False)
+        job = Job(
+            source, profile, recipe, args.context, out, args.force, audio=not args.no_audio, drafter=drafter
+        )
         prepared = prepare(job)
         try:
             manifest = write_with_progress(prepared)

@@ -13,7 +13,7 @@ import numpy as np
 
 from .checkpoint import CheckpointError, TensorEntry, read_values
 from .qat_rows import HeldTensors, float_rows, import_rows
-from .quantize import QuantizedRows, quantize_rows
+from .quantize import QuantizedRows, quantize_channels, quantize_rows, unpack
 from .recipes import Storage
 
 PIECE_VALUES = 1 << 21  # weights at a time: 8 MiB as float32
@@ -42,6 +42,25 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class ChannelPiece:
+    """Some rows of a matrix W as the prefill graph has them: columns of W^T, int8, a scale each."""
+
+    source: TensorEntry | HeldTensors
+    first: int  # row of W
+    rows: int
+    width: int
+    outputs: int  # rows of the whole W
+    file: Path
+    position: int  # byte in `file` where W^T (width, outputs) begins
+    scale_position: int  # byte in `file` where the scales of these rows go
+
+    @property
+    def name(self) -> str:
+        """Of the tensor, in the checkpoint."""
+        return (self.source.data if isinstance(self.source, HeldTensors) else self.source).original_name
+
+
+@dataclass(frozen=True)
 class Done:
     """What quantizing a piece cost."""
 
@@ -50,8 +69,10 @@ class Done:
     squared_norm: float
 
 
-def process(piece: Piece) -> Done:
+def process(piece: Piece | ChannelPiece) -> Done:
     """Raises CheckpointError if the source cannot be read, OSError if the target cannot be written."""
+    if isinstance(piece, ChannelPiece):
+        return _process_channels(piece)
     count = piece.rows * piece.width
     result = _prepared(piece)
     target = os.open(piece.file, os.O_WRONLY)  # never made here: its owner may have removed it
@@ -82,6 +103,33 @@ def _prepared(piece: Piece) -> np.ndarray | QuantizedRows:
         values = values * np.float32(piece.gain) if piece.gain != 1 else values
         return values if storage.bits == 32 else _narrowed(values, piece.name)
     return quantize_rows(values, bits=storage.bits, block=storage.block, method=storage.method)
+
+
+def _process_channels(piece: ChannelPiece) -> Done:
+    levels, scales, squared_error, squared_norm = _channels(piece)
+    columns = np.ascontiguousarray(levels.T)
+    target = os.open(piece.file, os.O_WRONLY)
+    try:
+        for row, values in enumerate(columns):
+            _write(target, piece.position + row * piece.outputs + piece.first, values)
+        _write(target, piece.scale_position, scales)
+    finally:
+        os.close(target)
+    return Done(levels.size, squared_error, squared_norm)
+
+
+def _channels(piece: ChannelPiece) -> tuple[np.ndarray, np.ndarray, float, float]:
+    source = piece.source
+    if not isinstance(source, HeldTensors):
+        flat = read_values(source, piece.first * piece.width, piece.rows * piece.width)
+        return quantize_channels(flat.reshape(piece.rows, piece.width))
+    if source.held.bits == 8 or source.held.columns > 1:
+        return quantize_channels(float_rows(source, piece.first, piece.rows, width=piece.width))
+    packed, scales = source.read(piece.first, piece.rows)  # fewer bits fit as they are
+    levels = unpack(packed, source.held.bits)[:, : piece.width].view(np.int8) - np.int8(
+        1 << (source.held.bits - 1)
+    )
+    return levels, scales[:, 0].astype(np.float32), 0.0, 0.0
 
 
 def _narrowed(values: np.ndarray, name: str) -> np.ndarray:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import msgspec
 import numpy as np
 import torch
 from torch import nn
@@ -16,17 +17,21 @@ from ..runtime.errors import ConfigError, GemmaEdgeError
 from ..runtime.pieces import scores_bytes
 from ..runtime.profile import DeviceProfile
 from .audio_geometry import CALL_TOKENS, FRAMES_PER_TOKEN, AudioModel
+from .drafter_geometry import DrafterModel
 from .geometry import TextModel, plan_caches
 from .modules import ops
 from .modules.audio import AudioEncoder
 from .modules.decoder import PRODUCT_GAIN, Decoder
+from .modules.drafter import Drafter
 from .modules.embeddings import Embeddings
+from .modules.prefill import Prefill
 from .qat import Held
 from .recipes import BLOCK_MIN, Recipe, Storage, check_matches, check_suits, decide
 
 DECODER_DATA = "decoder.onnx.data"
 EMBEDDINGS_DATA = "embeddings.onnx.data"
 AUDIO_DATA = "audio_encoder.onnx.data"
+PREFILL_DATA = "prefill.onnx.data"
 UP = ".mlp.up_proj.weight"
 HEAD = "lm_head.weight"
 TOKEN_TABLE = "embed_tokens.weight"
@@ -90,6 +95,19 @@ class PlannedWeight:
 
 
 @dataclass(frozen=True)
+class ChannelWeight:
+    """A matrix of the prefill graph, stored once more: int8, one scale a row, transposed."""
+
+    name: str  # canonical
+    shape: tuple[int, int]  # of the part that is stored: the first rows
+    held: Held | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        return self.shape[0] * (self.shape[1] + 4)
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that is decided before the first weight is read."""
 
@@ -99,11 +117,12 @@ class Plan:
     caches: Caches
     memory: Memory
     head: str  # the weight that the head multiplies with: its own, or the token table's
+    prefill: tuple[ChannelWeight, ...] = ()  # empty: prompts run on the decoder graph
 
     @property
     def file_bytes(self) -> int:
         """Size of the data files, but for alignment."""
-        return sum(weight.size_bytes for weight in self.weights)
+        return sum(weight.size_bytes for weight in (*self.weights, *self.prefill))
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -129,6 +148,7 @@ def make_plan(
     context: int,
     kv_dtype: KvDtype | None = None,
     audio: AudioModel | None = None,
+    drafter_bytes: int = 0,
     scale_columns: Mapping[str, int] | None = None,
     head_is_table: bool = False,
 ) -> Plan:
@@ -163,16 +183,32 @@ def make_plan(
     audio_bytes = 0 if audio is None else _audio_bytes(audio, audio_weights, audio_small)
     head = TOKEN_TABLE if model.tied_head else HEAD
 
+    prefill = _channel_weights(model, weights) if wants_prefill_graph(profile, recipe) else ()
+
     def at(tokens: int) -> tuple[Caches, Memory]:
         caches = plan_caches(model, context=tokens, sliding_slack=profile.kv_cache.sliding_slack, dtype=dtype)
-        return caches, _predict(model, profile, weights, small, caches, head, audio_bytes)
+        memory = _predict(model, profile, weights, small, caches, head, audio_bytes)
+        return caches, msgspec.structs.replace(
+            memory,
+            drafter_bytes=drafter_bytes,
+            mapped_bytes=memory.mapped_bytes + sum(weight.size_bytes for weight in prefill),
+        )
 
     caches, memory = at(context)
     budget = profile.memory.budget_mib << 20
     if total_bytes(memory) > budget:
         fits = _largest_context(lambda tokens: total_bytes(at(tokens)[1]) <= budget, context)
         raise BudgetError(_over_budget(profile, memory, context, fits), fits)
-    return Plan(weights + audio_weights, small | audio_small, folded, caches, memory, head)
+    return Plan(weights + audio_weights, small | audio_small, folded, caches, memory, head, prefill)
+
+
+def plan_drafter(
+    model: DrafterModel, profile: DeviceProfile, recipe: Recipe, file: str
+) -> tuple[tuple[PlannedWeight, ...], dict[str, tuple[int, ...]]]:
+    """A drafter's matrices and small tensors, under the names of its own checkpoint."""
+    with torch.device("meta"):
+        module = Drafter(model, context=1, kv_dtype="float32")
+    return _weights([(file, module)], model.text, profile, recipe, {})
 
 
 class BudgetError(GemmaEdgeError):
@@ -188,9 +224,33 @@ def inner_type(profile: DeviceProfile) -> torch.dtype:
     return torch.float16 if profile.execution_provider == "cuda" else torch.float32
 
 
+def wants_prefill_graph(profile: DeviceProfile, recipe: Recipe) -> bool:
+    """Whether prompts run on a graph of their own, on an int8 copy of the lower layers' weights."""
+    wanted = profile.prefill_weights if recipe.prefill_weights == "device" else recipe.prefill_weights
+    if wanted == "int8" and profile.execution_provider != "cpu":
+        raise ConfigError(
+            f"recipe {recipe.name}: prefill_weights is int8, which is for the CPU; {profile.name} runs on "
+            f"{profile.execution_provider}: take `shared`"
+        )
+    return wanted == "int8"
+
+
+def _channel_weights(model: TextModel, weights: Sequence[PlannedWeight]) -> tuple[ChannelWeight, ...]:
+    """What the prefill graph multiplies with; `weights`: the decoder's, of which these are a part."""
+    held = {weight.name: weight.held for weight in weights}
+    with torch.device("meta"):
+        module = Prefill(model, context=1, kv_dtype="float32")
+    return tuple(
+        ChannelWeight(f"{name}.weight", (part.weight.shape[0], part.weight.shape[1]), held[f"{name}.weight"])
+        for name, part in module.named_modules()
+        if isinstance(part, ops.Linear)
+    )
+
+
 def total_bytes(memory: Memory) -> int:
     """What counts against the budget: mapped tables do not, the system may drop their pages at any time."""
-    return memory.weights_bytes + memory.kv_bytes + memory.overhead_bytes + memory.audio_bytes
+    parts = memory.weights_bytes, memory.kv_bytes, memory.overhead_bytes, memory.audio_bytes
+    return sum(parts) + memory.drafter_bytes
 
 
 def _weights(
@@ -336,6 +396,7 @@ def _over_budget(profile: DeviceProfile, memory: Memory, context: int, fits: int
         f"weights {mib(memory.weights_bytes)}, caches of {context} tokens {mib(memory.kv_bytes)}, "
         f"rest {mib(memory.overhead_bytes)}"
         + (f", audio encoder {mib(memory.audio_bytes)}" if memory.audio_bytes else "")
+        + (f", drafter {mib(memory.drafter_bytes)}" if memory.drafter_bytes else "")
     )
     advice = (
         f"--context {fits} would fit"

@@ -18,6 +18,7 @@ from .qat import Held
 
 Method = Literal["float", "nearest", "search", "import"]
 Activations = Literal["int8", "float32"]
+RecipePrefill = Literal["device", "shared", "int8"]
 
 BLOCK_MIN = 16  # of MatMulNBits and GatherBlockQuantized
 BLOCK_MAX_2_BITS = 256  # of MatMulNBits
@@ -44,6 +45,7 @@ class RecipeFile(Struct, frozen=True):
     extends: str | None = None  # a recipe whose rules follow these, and whose settings are kept
     activations: Activations | None = None  # int8 unless said
     activation_scales: bool | None = None  # no unless said
+    prefill_weights: RecipePrefill | None = None  # device unless said
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Recipe:
     own_rules: int = 0  # so many first rules are the user's: each has to decide about some weight
     activations: Activations = "int8"  # what products of quantized weights compute with
     activation_scales: bool = False  # round activations as the checkpoint's static scales say
+    prefill_weights: RecipePrefill = "device"  # of prompts; "device": as the profile says
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ def load_recipe(name: str) -> Recipe:
         own_rules=len(file.rules) if is_users else 0,
         activations=file.activations or base.activations or "int8",
         activation_scales=bool(scales),
+        prefill_weights=file.prefill_weights or base.prefill_weights or "device",
     )
 
 

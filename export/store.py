@@ -21,8 +21,8 @@ import onnx_ir as ir
 from ..runtime.bundle import Quantized
 from ..runtime.machine import usable_cpus
 from .checkpoint import Checkpoint, TensorEntry
-from .pieces import PIECE_VALUES, Done, Piece, process
-from .plan import PlannedWeight
+from .pieces import PIECE_VALUES, ChannelPiece, Done, Piece, process
+from .plan import ChannelWeight, PlannedWeight
 from .qat_rows import HeldTensors, find_held
 from .workers import Workers
 
@@ -111,30 +111,79 @@ def store_weights(
     is work for them.
     """
     regions = {weight.name: _reserve(files[weight.file], weight) for weight in weights}
-    if workers is None:
-        values = sum(math.prod(weight.shape) for weight in weights)
-        workers = usable_cpus() if values >= WORTH_PROCESSES else 0
-    errors, norms = (dict.fromkeys(regions, 0.0) for _ in range(2))
     pieces = (
         (region.planned.name, piece)
         for region in regions.values()
         for piece in _pieces(_source(checkpoint, region.planned), region)
     )
-    with contextlib.closing(_process(pieces, workers)) as results:
-        for name, done in results:
-            errors[name] += done.squared_error
-            norms[name] += done.squared_norm
-            progress(name, done.values)
+    sums = _sums(pieces, list(regions), _worth(weights, workers), progress)
     return {
         name: StoredWeight(
             region.planned,
             region.file,
             region.data_offset,
             region.scale_offset,
-            _report(region.planned, errors[name], norms[name]),
+            _report(region.planned, *sums[name]),
         )
         for name, region in regions.items()
     }
+
+
+@dataclass(frozen=True)
+class StoredChannels:
+    """An int8 copy of a weight: levels (width, outputs), scales (outputs,)."""
+
+    planned: ChannelWeight
+    file: DataFile
+    data_offset: int
+    scale_offset: int
+    report: Quantized
+
+
+def store_channels(
+    file: DataFile,
+    checkpoint: Checkpoint,
+    weights: Sequence[ChannelWeight],
+    progress: Progress,
+    *,
+    workers: int | None = None,
+) -> dict[str, StoredChannels]:
+    """Read the weights of the prefill graph, quantize and write them; `workers` as above."""
+    places = {
+        weight.name: (file.reserve(math.prod(weight.shape)), file.reserve(4 * weight.shape[0]))
+        for weight in weights
+    }
+    pieces = (
+        (weight.name, piece)
+        for weight in weights
+        for piece in _channel_pieces(_source(checkpoint, weight), weight, file, *places[weight.name])
+    )
+    sums = _sums(pieces, [weight.name for weight in weights], _worth(weights, workers), progress)
+    return {
+        weight.name: StoredChannels(
+            weight,
+            file,
+            *places[weight.name],
+            Quantized(
+                tensor=weight.name,
+                bits=8,
+                block_size=weight.shape[1],
+                method="channels",
+                relative_error=_relative(*sums[weight.name]),
+            ),
+        )
+        for weight in weights
+    }
+
+
+def _channel_pieces(
+    source: TensorEntry | HeldTensors, weight: ChannelWeight, file: DataFile, position: int, scales: int
+) -> Iterator[ChannelPiece]:
+    outputs, width = weight.shape
+    step = max(1, PIECE_VALUES // width)
+    for first in range(0, outputs, step):
+        count = min(step, outputs - first)
+        yield ChannelPiece(source, first, count, width, outputs, file.path, position, scales + 4 * first)
 
 
 @dataclass(frozen=True)
@@ -153,7 +202,7 @@ def _reserve(file: DataFile, planned: PlannedWeight) -> _Region:
     return _Region(planned, file, data_offset, scale_offset)
 
 
-def _source(checkpoint: Checkpoint, planned: PlannedWeight) -> TensorEntry | HeldTensors:
+def _source(checkpoint: Checkpoint, planned: PlannedWeight | ChannelWeight) -> TensorEntry | HeldTensors:
     if planned.held is None:
         return checkpoint.entry(planned.name)
     return find_held(checkpoint, planned.held)
@@ -183,7 +232,28 @@ def _pieces(source: TensorEntry | HeldTensors, region: _Region) -> Iterator[Piec
         )
 
 
-def _process(pieces: Iterable[tuple[str, Piece]], workers: int) -> Generator[tuple[str, Done]]:
+def _worth(weights: Sequence[PlannedWeight | ChannelWeight], workers: int | None) -> int:
+    """How many processes."""
+    if workers is not None:
+        return workers
+    values = sum(math.prod(weight.shape) for weight in weights)
+    return usable_cpus() if values >= WORTH_PROCESSES else 0
+
+
+def _sums(
+    pieces: Iterable[tuple[str, Piece | ChannelPiece]], names: list[str], workers: int, progress: Progress
+) -> dict[str, tuple[float, float]]:
+    """Do the pieces; squared error and squared norm of each weight."""
+    errors, norms = (dict.fromkeys(names, 0.0) for _ in range(2))
+    with contextlib.closing(_process(pieces, workers)) as results:
+        for name, done in results:
+            errors[name] += done.squared_error
+            norms[name] += done.squared_norm
+            progress(name, done.values)
+    return {name: (errors[name], norms[name]) for name in names}
+
+
+def _process(pieces: Iterable[tuple[str, Piece | ChannelPiece]], workers: int) -> Generator[tuple[str, Done]]:
     """Each piece's result beside its weight's name, in order."""
     if not workers:
         for name, piece in pieces:
@@ -202,5 +272,9 @@ def _report(planned: PlannedWeight, squared_error: float, squared_norm: float) -
         bits=storage.bits,
         block_size=storage.block,
         method=storage.method,
-        relative_error=math.sqrt(squared_error / squared_norm) if squared_norm else 0.0,
+        relative_error=_relative(squared_error, squared_norm),
     )
+
+
+def _relative(squared_error: float, squared_norm: float) -> float:
+    return math.sqrt(squared_error / squared_norm) if squared_norm else 0.0

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import BinaryIO, cast
 
 from ..runtime.errors import GemmaEdgeError
-from .pieces import Done, Piece, process
+from .pieces import ChannelPiece, Done, Piece, process
 
 WAITING_PER_WORKER = 2  # pieces handed out before their turn
 
@@ -47,7 +47,7 @@ class Workers:
         for process_ in self._processes:
             process_.communicate()
 
-    def map(self, pieces: Iterable[tuple[str, Piece]]) -> Iterator[tuple[str, Done]]:
+    def map(self, pieces: Iterable[tuple[str, Piece | ChannelPiece]]) -> Iterator[tuple[str, Done]]:
         """What `process` gives for each piece, in order, beside the name that came with it."""
         waiting: deque[tuple[str, Future[Done]]] = deque()
         for name, piece in pieces:
@@ -58,7 +58,7 @@ class Workers:
         for name, future in waiting:
             yield name, future.result()
 
-    def _ask(self, piece: Piece) -> Done:
+    def _ask(self, piece: Piece | ChannelPiece) -> Done:
         worker = self._free.popleft()  # there are as many threads as workers
         try:
             pickle.dump(piece, cast(BinaryIO, worker.stdin))
