@@ -70,7 +70,9 @@ def make(out: Path, model_name: str, device: str, recipe_name: str, context: int
         hole = weight.is_table and weight.name not in (TOKEN_TABLE, HEAD)
         if hole:
             continue
-        deviation = (3.0 if weight.name in (TOKEN_TABLE, HEAD) else 1.0) / weight.shape[1] ** 0.5 * weight.gain
+        deviation = (
+            (3.0 if weight.name in (TOKEN_TABLE, HEAD) else 1.0) / weight.shape[1] ** 0.5 * weight.gain
+        )
         kind = f"float{weight.storage.bits}" if weight.storage.is_float else "levels"
         regions.append(
             dict(
