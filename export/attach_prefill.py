@@ -82,13 +82,9 @@ def _multiply(
     graph: ir.Graph, node: ir.Node, x: Rounded, entry: StoredChannels, shared: Mapping[str, ir.Value]
 ) -> None:
     outputs, width = entry.planned.shape
-    name = entry.planned.name
-    levels = _initializer(
-        graph, entry, f"{name}.levels", entry.data_offset, ir.DataType.INT8, (width, outputs)
-    )
-    scales = _initializer(
-        graph, entry, f"{name}.channel_scales", entry.scale_offset, ir.DataType.FLOAT, (outputs,)
-    )
+    name, file = entry.planned.name, entry.file
+    levels = file.tensor(f"{name}.levels", entry.data_offset, ir.DataType.INT8, (width, outputs))
+    scales = file.tensor(f"{name}.channel_scales", entry.scale_offset, ir.DataType.FLOAT, (outputs,))
     product = ir.node(
         "MatMulIntegerToFloat",
         [

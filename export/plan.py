@@ -122,7 +122,11 @@ class Plan:
     @property
     def file_bytes(self) -> int:
         """Size of the data files, but for alignment."""
-        return sum(weight.size_bytes for weight in (*self.weights, *self.prefill))
+        return sum(weight.size_bytes for weight in self.weights) + self.prefill_bytes
+
+    @property
+    def prefill_bytes(self) -> int:
+        return sum(weight.size_bytes for weight in self.prefill)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -191,7 +195,7 @@ def make_plan(
         return caches, msgspec.structs.replace(
             memory,
             drafter_bytes=drafter_bytes,
-            mapped_bytes=memory.mapped_bytes + sum(weight.size_bytes for weight in prefill),
+            weights_bytes=memory.weights_bytes + sum(weight.size_bytes for weight in prefill),
         )
 
     caches, memory = at(context)

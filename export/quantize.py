@@ -14,8 +14,8 @@ import numpy as np
 from .recipes import Method
 
 TINY_SCALE = 1e-30  # below it a block counts as zero: dividing by such a scale overflows
-# Of weights in integer products: two products of 255 * 63 fit into the 16 bits in which x86-64 without VNNI adds
-# them up. With 127 they would not, and be cut off silently.
+# Of weights in integer products: two products of 255 * 63 fit into the 16 bits in which x86-64 without VNNI
+# adds them up. With 127 they would not, and be cut off silently.
 CHANNEL_LEVELS = 63
 TASK_VALUES = 1 << 17  # weights quantized at a time: they and a copy stay in the core's cache
 # How far the largest weight of a block may lie outside the range, as multiples of the range: clipping it a

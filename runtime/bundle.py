@@ -19,12 +19,16 @@ from .strict import convert
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 # Only in bundles for CUDA: the decoder as our engine runs it there, on the same weights; what picks tokens.
+DRAFTER = "drafter.onnx"
 CUDA_DECODER = "decoder_cuda.onnx"
 GREEDY = "greedy.onnx"
 TOP = "top.onnx"
 
 LayerType = Literal["sliding_attention", "full_attention"]
 KvDtype = Literal["float32", "float16", "int8"]
+PrefillWeights = Literal["shared", "int8"]  # the decoder's, or a copy for integer products
+PrepareWhen = Literal["by-hand", "first-start"]
+Residency = Literal["map", "prefault", "lock"]
 
 
 class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -94,6 +98,8 @@ class RuntimeSettings(Struct, frozen=True):
     threads: int
     prefill_chunk: int  # tokens
     memory_budget_mib: int
+    prepare: PrepareWhen = "by-hand"  # packed weights, written once by the device (docs/performance.md)
+    residency: Residency = "map"  # of packed weights that are mapped
 
 
 class Quantized(Struct, frozen=True):
@@ -104,6 +110,13 @@ class Quantized(Struct, frozen=True):
     block_size: int
     method: str
     relative_error: float  # |W - Wq|_F / |W|_F
+
+
+class Prefill(Struct, frozen=True):
+    """The prefill graph: the lower layers once more, for prompts, with weights of one scale an output."""
+
+    weights_bytes: int  # its data file: mapped, of which the system may drop pages
+    quantization: tuple[Quantized, ...]
 
 
 class MelSettings(Struct, frozen=True):
@@ -157,12 +170,24 @@ class Audio(Struct, frozen=True):
 class Memory(Struct, frozen=True):
     """Predicted memory of a running engine, in bytes."""
 
-    weights_bytes: int  # held in RAM: everything but the embedding tables
+    weights_bytes: int  # held in RAM: everything but the embedding tables, the prefill graph's included
     mapped_bytes: int  # embedding tables, mapped from disk and evictable
     kv_bytes: int
     overhead_bytes: int  # interpreter, libraries, activations of one prefill chunk
     read_per_token_bytes: int  # weights read for one decoded token
     audio_bytes: int = 0  # of the audio encoder, held while it is open
+    drafter_bytes: int = 0  # of the drafter's weights
+
+
+class Drafter(Struct, frozen=True):
+    """A small model that guesses what the model says next, over the model's own caches."""
+
+    model: str  # as it was asked for
+    revision: str | None  # Hub commit, when there is one
+    reads: tuple[int, ...]  # numbers of the caches that it attends to
+    scored: int  # tokens that its head scores: the vocabulary, or those near the best centroids
+    weights_bytes: int
+    quantization: tuple[Quantized, ...]
 
 
 class FileEntry(Struct, frozen=True):
@@ -189,6 +214,8 @@ class Manifest(Struct, frozen=True):
     files: dict[str, FileEntry]
     versions: dict[str, str]  # package -> version that made the bundle
     audio: Audio | None = None  # None: the model has no ears
+    drafter: Drafter | None = None  # None: it was exported without one
+    prefill: Prefill | None = None  # None: prompts run on the decoder graph
 
 
 @dataclass(frozen=True)
@@ -197,10 +224,11 @@ class Bundle:
 
     path: Path
     manifest: Manifest
+    prepared: Path | None = None  # folder of graphs that take the place of the bundle's own (`prepared`)
 
     @property
     def decoder(self) -> Path:
-        return self.path / "decoder.onnx"
+        return self._graph("decoder.onnx")
 
     @property
     def cuda_decoder(self) -> Path:
@@ -211,6 +239,15 @@ class Bundle:
         return self.path / "embeddings.onnx"
 
     @property
+    def prefill(self) -> Path:
+        """Only if the manifest describes it."""
+        return self._graph("prefill.onnx")
+
+    @property
+    def drafter(self) -> Path:
+        return self.path / DRAFTER
+
+    @property
     def audio_encoder(self) -> Path:
         """A whole clip at once."""
         return self.path / "audio_encoder.onnx"
@@ -218,12 +255,19 @@ class Bundle:
     @property
     def audio_encoder_stream(self) -> Path:
         """Chunk by chunk; the same weights."""
-        return self.path / "audio_encoder_stream.onnx"
+        return self._graph("audio_encoder_stream.onnx")
 
     @property
     def name(self) -> str:
         """The name under which the model is served."""
         return self.path.resolve().name
+
+    def _graph(self, name: str) -> Path:
+        own = self.path / name
+        if self.prepared is None:
+            return own
+        prepared = self.prepared / name
+        return prepared if prepared.exists() else own
 
 
 def open_bundle(path: Path | str, *, verify_hashes: bool = False) -> Bundle:

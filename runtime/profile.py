@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from .bundle import KvDtype, Struct
+from .bundle import KvDtype, PrefillWeights, PrepareWhen, Residency, Struct
 from .errors import ConfigError
 from .strict import decode_yaml_file
 
@@ -59,6 +59,13 @@ class ProfileKvCache(Struct, frozen=True):
     sliding_slack: NotNegative  # tokens above the window; CUDA needs 0
 
 
+class ProfileStart(Struct, frozen=True):
+    """How weights come into memory."""
+
+    prepare: PrepareWhen = "by-hand"  # weights are packed by `gemma-edge prepare`, or at the first start
+    residency: Residency = "map"  # of packed weights: paged in when needed, at the start, or for good
+
+
 class ProfileDetect(Struct, frozen=True):
     """How the device is recognised.
 
@@ -90,9 +97,13 @@ class DeviceProfile(Struct, frozen=True):
     default_recipe: str
     sources: dict[str, str]  # field or fact -> where the figure is from
     aliases: tuple[Name, ...] = ()
+    prefill_weights: PrefillWeights = "shared"  # what prompts are multiplied with
+    start: ProfileStart = ProfileStart()
     detect: ProfileDetect = ProfileDetect()
 
     def __post_init__(self) -> None:
+        if self.execution_provider == "cuda" and self.prefill_weights != "shared":
+            raise ValueError(f"prefill_weights is {self.prefill_weights}, expected shared with cuda")
         if self.execution_provider == "cuda" and self.kv_cache.sliding_slack:
             raise ValueError(f"kv_cache.sliding_slack is {self.kv_cache.sliding_slack}, expected 0 with cuda")
         for bits, block in self.block_sizes.items():
