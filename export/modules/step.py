@@ -62,6 +62,19 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class AllRows:
+    """Every row goes on."""
+
+    def of(self, x: Tensor) -> Tensor:
+        return x
+
+    def with_filler(self, query: Tensor, zeros: Tensor) -> Tensor:
+        return query
+
+    def without_filler(self, output: Tensor) -> Tensor:
+        return output
+
+
 class Step:
     """What all layers share in one run."""
 
@@ -128,5 +141,23 @@ def _resident(constants: Constants, total: Tensor, capacity: Tensor, window: int
 
 
 def _lengths(constants: Constants, last: Tensor) -> Lengths:
+        reads=reads,
+    )
+
+
+def read_prefill_step(constants: Constants, attention_mask: Tensor, position_ids: Tensor) -> Step:
+    """Of a run in which no layer reads another one's cache."""
+    one = constants["int_1"]
+    total = attention_mask.sum(dim=1)  # (1,) T
+    written = _lengths(constants, total - one)
+    return Step(
+        constants=constants,
+        kept=AllRows(),
+        positions=position_ids,
+        query_positions=position_ids,
+        past_length=total - ops.dimension(position_ids, 1),
+        written=written,
+        read_full=written,
+        read_sliding=written,
     total = ops.reshape(last + constants["int_1"], constants["scalar_shape"], ())
     return last.to(torch.int32), total.to(torch.int32)
