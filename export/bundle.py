@@ -210,6 +210,8 @@ def _manifest(prepared: Prepared, stored: dict[str, StoredWeight], folder: Path)
             threads=profile.cpu.threads,
             prefill_chunk=profile.prefill_chunk,
             memory_budget_mib=profile.memory.budget_mib,
+            prepare=profile.start.prepare,
+            residency=profile.start.residency,
         ),
         quantization=tuple(weight.report for weight in stored.values() if weight.report is not None),
         memory=prepared.plan.memory,

@@ -12,9 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import RequestError
 from .options import add_engine_arguments, open_engine
+from .start import add_start_arguments, load_prepared
 
 if TYPE_CHECKING:
+    from .bundle import Bundle
+    from .engine import Engine
+    from .genai_engine import GenaiEngine
     from .service import ChatRequest, Done, Service
+    from .sounds import Ears
 
 
 def add_ask_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +66,7 @@ def add_ask_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timeout", type=float, metavar="S", help="give up after this many seconds")
     parser.add_argument("--threads", type=int, help="default: as the bundle's device profile says")
     add_engine_arguments(parser)
+    add_start_arguments(parser)
     parser.add_argument("--stats", action="store_true", help="print speed and memory to stderr")
 
 
@@ -76,8 +82,12 @@ def run_ask(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     bundle = open_bundle(args.bundle)
     tokenizer, template = load_tokenizer(bundle), load_template(bundle)
-    engine = open_engine(bundle, args, tokenizer, reuse=False)
-    ears = open_ears(bundle, threads=args.threads) if args.audio else None
+
+    def load(ready: Bundle) -> tuple[Engine | GenaiEngine, Ears | None]:
+        engine = open_engine(ready, args, tokenizer, reuse=False, hears=bool(args.audio))
+        return engine, open_ears(ready, threads=args.threads) if args.audio else None
+
+    engine, ears = load_prepared(bundle, args, load)
     load_s = time.perf_counter() - start
     with Service(engine, tokenizer, template, model_name=bundle.name, ears=ears) as service:
         done = _print_answer(service, request)

@@ -1,10 +1,10 @@
-"""Device-side sub-commands: devices, ask, serve. Arguments in, exit status out; the work is elsewhere."""
+"""Device-side sub-commands: devices, prepare, ask, serve. Arguments in, status out; the work is elsewhere."""
 
 from __future__ import annotations
 
 import argparse
 
-from . import ask, detect, serve
+from . import ask, detect, serve, start
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -12,6 +12,10 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     devices = commands.add_parser("devices", help="list device profiles, or find the one of this machine")
     detect.add_devices_arguments(devices)
     devices.set_defaults(run=detect.run_devices)
+
+    prepare = commands.add_parser("prepare", help="pack a bundle's weights for this CPU, once")
+    start.add_prepare_arguments(prepare)
+    prepare.set_defaults(run=start.run_prepare)
 
     one = commands.add_parser("ask", help="ask a bundle one question and stream the answer")
     ask.add_ask_arguments(one)

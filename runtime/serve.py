@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .bundle import open_bundle
+from .bundle import Bundle, open_bundle
 from .errors import ConfigError, GemmaEdgeError, RequestError
 from .options import add_engine_arguments, open_engine, pin
 from .service import MAX_TIMEOUT_S, Service
+from .start import add_start_arguments, load_prepared
 from .transcribe import language_code
 from .transports.mqtt_address import BrokerAddress, Topics, node_from_hostname, parse_broker_url
 from .transports.openai_api import ApiLimits
@@ -139,6 +140,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     )
     speed = parser.add_argument_group("speed")
     add_engine_arguments(speed)
+    add_start_arguments(speed)
     speed.add_argument(
         "--pin",
         metavar="FILE",
@@ -235,27 +237,27 @@ def run_serve(args: argparse.Namespace) -> int:
     settings = settings_from(args)
     bundle = open_bundle(args.bundle)
 
-    def load() -> Service:
+    def load(ready: Bundle) -> Service:
         from .chat import load_template
         from .sounds import open_ears
         from .tokenizer import load_tokenizer
 
-        tokenizer, template = load_tokenizer(bundle), load_template(bundle)
-        engine = open_engine(bundle, args, tokenizer)
+        tokenizer, template = load_tokenizer(ready), load_template(ready)
+        engine = open_engine(ready, args, tokenizer, hears=not args.no_audio)
         for file in args.pin:
             pin(engine, tokenizer, template, file)
         return Service(
             engine,
             tokenizer,
             template,
-            model_name=bundle.name,
+            model_name=ready.name,
             queue_size=args.queue_size,
             max_answer_tokens=args.max_tokens,
-            ears=None if args.no_audio else open_ears(bundle, threads=args.threads),
+            ears=None if args.no_audio else open_ears(ready, threads=args.threads),
         )
 
     with Daemon(settings) as daemon:
-        return daemon.run(load)
+        return daemon.run(lambda: load_prepared(bundle, args, load))
 
 
 class Daemon:
