@@ -12,6 +12,7 @@ from ...runtime.bundle import KvDtype
 from ..geometry import Layer, Rope, TextModel
 from . import ops
 from .constants import Constants, ReadTensor
+from .reads import CacheReads, attend
 from .step import Lengths, Step
 from .values import cache_scales, rope_table
 
@@ -24,7 +25,7 @@ class Attention(nn.Module):
     def __init__(self, model: TextModel, layer: Layer, inner: torch.dtype = torch.float32) -> None:
         super().__init__()
         shape, eps = model.geometry, model.rms_norm_eps
-        self.layer, self.eps, self.heads = layer, eps, shape.num_attention_heads
+        self.layer, self.eps, self.heads, self.inner = layer, eps, shape.num_attention_heads, inner
         self.window = shape.sliding_window if layer.is_sliding else None
         self.q_proj = ops.Linear(shape.hidden_size, self.heads * layer.head_dim, inner)
         self.q_norm = ops.RMSNorm(layer.head_dim, eps, inner)
@@ -67,12 +68,26 @@ class Attention(nn.Module):
 
     def read(self, x: Tensor, cache: Cache, step: Step) -> Tensor:
         """R rows of x attend to a cache that already holds their keys: no new keys, no cache output."""
+        if step.reads is not None and self.inner == torch.float32:
+            return self.o_proj(self._read_plainly(x, cache, step, step.reads))
         zeros = step.constants[f"zeros_1x{self.heads * self.layer.head_dim}"]
         nothing = step.constants[f"zeros_0x{self.layer.kv_heads * self.layer.head_dim}"]
         query = step.kept.with_filler(self._query(x, step), zeros)
         lengths = step.read_sliding if self.layer.is_sliding else step.read_full
         (output,) = self._attend(query, nothing, nothing, cache, lengths, step, writes=False)
         return self.o_proj(step.kept.without_filler(output))
+
+    def _read_plainly(self, x: Tensor, cache: Cache, step: Step, reads: CacheReads) -> Tensor:
+        head_dim, kv_heads = self.layer.head_dim, self.layer.kv_heads
+        query = ops.rotary(self._query(x, step), reads.positions, *self._rope(step), heads=self.heads)
+        group = self.heads // kv_heads
+        grouped = ops.reshape(
+            query,
+            step.constants[f"group_{kv_heads}x{group}x{head_dim}"],
+            (*query.shape[:2], kv_heads, group, head_dim),
+        )
+        output = attend(grouped, reads.used(self.layer, cache), reads.bias(self.layer.is_sliding))
+        return ops.reshape(output, step.constants[f"merge_{self.heads * head_dim}"], query.shape)
 
     def _query(self, x: Tensor, step: Step) -> Tensor:
         return self._norm_heads(self.q_proj(x), self.q_norm.weight, self.heads, step)
@@ -170,6 +185,10 @@ def declare_attention_constants(
             # No -1: Reshape cannot work out a dimension of a tensor with zero rows.
             constants.integers(f"split_{count}x{head_dim}", 0, 0, count, head_dim)
             constants.integers(f"merge_{count * head_dim}", 0, 0, count * head_dim)
+        group = heads // layer.kv_heads
+        constants.integers(
+            f"group_{layer.kv_heads}x{group}x{head_dim}", 0, 0, layer.kv_heads, group, head_dim
+        )
         if kv_dtype == "int8" and not layer.is_shared:
             for part, name in enumerate(("key", "value")):
                 scale_shape = (1, layer.kv_heads, 1, head_dim)

@@ -97,6 +97,15 @@ def matmul(x: Tensor, y: Tensor) -> Tensor:
     return symbolic("MatMul", (x, y), dtype=x.dtype, shape=shape, version=13)
 
 
+def matmul_transposed(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y^T over the last two axes, y broadcast to x, not copied."""
+    shape = (*x.shape[:-1], y.shape[-2])
+    attributes = dict(transB=1)
+    return symbolic(
+        "com.microsoft::FusedMatMul", (x, y), attrs=attributes, dtype=x.dtype, shape=shape, version=1
+    )
+
+
 def clip(x: Tensor, least: Tensor, most: Tensor) -> Tensor:
     """Between two scalars."""
     return symbolic("Clip", (x, least, most), dtype=x.dtype, shape=x.shape, version=13)
@@ -111,6 +120,12 @@ def slice_rows(x: Tensor, start: Tensor, end: Tensor, axis: Tensor, rows: int | 
     """x[:, start:end], said to have `rows` rows; start, end and axis are (1,) int64."""
     shape = (x.shape[0], rows, *x.shape[2:])
     return symbolic("Slice", (x, start, end, axis), dtype=x.dtype, shape=shape, version=13)
+
+
+def first_rows(x: Tensor, zero: Tensor, end: Tensor, axis: Tensor, rows: int | torch.SymInt) -> Tensor:
+    """x[:, :, :end], said to have `rows` rows: of a cache (1, heads, capacity, head_dim)."""
+    shape = (*x.shape[:2], rows, x.shape[3])
+    return symbolic("Slice", (x, zero, end, axis), dtype=x.dtype, shape=shape, version=13)
 
 
 def split(x: Tensor, sizes: Tensor, widths: Sequence[int]) -> Sequence[Tensor]:

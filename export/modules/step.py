@@ -15,6 +15,7 @@ from torch import Tensor
 from ..geometry import TextModel
 from . import ops
 from .constants import Constants
+from .reads import CacheReads
 
 INT64_MAX = torch.iinfo(torch.int64).max
 
@@ -61,7 +62,6 @@ class Kept:
         return ops.slice_rows(x, start, self.constants["end"], self.constants["row_axis"], self.rows)
 
 
-@dataclass(frozen=True)
 class AllRows:
     """Every row goes on."""
 
@@ -75,6 +75,7 @@ class AllRows:
         return output
 
 
+@dataclass(frozen=True)
 class Step:
     """What all layers share in one run."""
 
@@ -86,11 +87,13 @@ class Step:
     written: Lengths  # for layers that write
     read_full: Lengths  # for kept rows over a full-attention cache
     read_sliding: Lengths  # for kept rows over a window-sized cache, counted in its own rows
+    reads: CacheReads | None = None  # for kept rows over float32 caches on a CPU
 
 
 def declare_step_constants(constants: Constants) -> None:
     constants.integers("end", INT64_MAX)
     constants.integers("row_axis", 1)
+    constants.integers("cache_axis", 2)
     constants.integers("scalar_shape")
     for value in (0, 1):
         constants.integers(f"int_{value}", value)
@@ -117,6 +120,17 @@ def read_step(
         if layer.is_sliding:
             resident = _resident(constants, total, ops.dimension(keys, 2), model.geometry.sliding_window)
             break
+    reads = None
+    if past[0].dtype == torch.float32:
+        reads = CacheReads(
+            constants,
+            kept.of(position_ids),
+            total=total,
+            resident=resident,
+            any_kept=any_kept,
+            window=model.geometry.sliding_window,
+            count=attention_mask.shape[1],
+        )
     return Step(
         constants=constants,
         kept=kept,
@@ -127,20 +141,6 @@ def read_step(
         # With no kept row, the made-up query looks at one cached token only.
         read_full=_lengths(constants, (total - one) * any_kept),
         read_sliding=_lengths(constants, (resident - one) * any_kept),
-    )
-
-
-def _resident(constants: Constants, total: Tensor, capacity: Tensor, window: int) -> Tensor:
-    """Rows in use of a window-sized cache: T up to its capacity C, else T - G ceil((T-C) / G), G = C - W + 1.
-
-    GroupQueryAttention evicts G positions at a time; see its `sliding_window_cache` attribute.
-    """
-    group = capacity - (window - 1)
-    over = torch.maximum(total - capacity, constants["int_0"])
-    return total - group * ops.integer_division(over + group - constants["int_1"], group)
-
-
-def _lengths(constants: Constants, last: Tensor) -> Lengths:
         reads=reads,
     )
 
@@ -159,5 +159,19 @@ def read_prefill_step(constants: Constants, attention_mask: Tensor, position_ids
         written=written,
         read_full=written,
         read_sliding=written,
+    )
+
+
+def _resident(constants: Constants, total: Tensor, capacity: Tensor, window: int) -> Tensor:
+    """Rows in use of a window-sized cache: T up to its capacity C, else T - G ceil((T-C) / G), G = C - W + 1.
+
+    GroupQueryAttention evicts G positions at a time; see its `sliding_window_cache` attribute.
+    """
+    group = capacity - (window - 1)
+    over = torch.maximum(total - capacity, constants["int_0"])
+    return total - group * ops.integer_division(over + group - constants["int_1"], group)
+
+
+def _lengths(constants: Constants, last: Tensor) -> Lengths:
     total = ops.reshape(last + constants["int_1"], constants["scalar_shape"], ())
     return last.to(torch.int32), total.to(torch.int32)
