@@ -1,11 +1,11 @@
 """Speed of one bundle: prefill, decode, first token, and where a decode step spends its time.
 
-    python bench/decode.py BUNDLE [--prompt-tokens 128 1024] [--depths 0 1024] [--new-tokens 64] [--threads N] ...
+    python bench/decode.py BUNDLE [--prompt-tokens 128 1024] [--depths 0 1024] [--threads N]
 
-Figures are medians over repeats (for a step: over all steps). A decode step cannot be faster than reading the
-weights and the caches in use once, so its speed is also given as a share of that: of the bandwidth with which as
-many threads read memory here. For each depth a table has the step by operator: bytes read, time, bandwidth
-(bench/operators.py, which needs the onnx package).
+Figures are medians over repeats (for a step: over all steps). A decode step cannot be faster than reading
+the weights and the caches in use once, so its speed is also given as a share of that: of the bandwidth with
+which as many threads read memory here. For each depth a table has the step by operator: bytes read, time,
+bandwidth (bench/operators.py, which needs the onnx package).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""One decode step by operator: how often it runs, how long, what it reads, how fast. Used by bench/decode.py.
+"""One decode step by operator: how often it runs, how long, what it reads. Used by bench/decode.py.
 
-Times are ONNX Runtime's own profile, which adds a microsecond or two to every node: for the whole step use the
-time of a step without it. Bytes are weights with their scales and, for attention, the rows of the caches in use.
+Times are ONNX Runtime's own profile, which adds a microsecond or two to every node: for the whole step use
+the time of a step without it. Bytes are weights with their scales and, for attention, the caches' rows in
+use.
 """
 
 from __future__ import annotations
@@ -107,10 +108,10 @@ def read_nodes(bundle: Bundle, depth: int) -> dict[str, Node]:
         weights = [name for name in node.input if sizes.get(name, 0) > 1 << 12]
         if node.op_type == "MatMulNBits":
             found[node.name] = Node(_product(weights[0]), sum(sizes[name] for name in weights))
-        elif layer := _cache_read(node, makers):
-            sliding = layer in _sliding(bundle.manifest.caches)
-            where = "windowed" if sliding else "full"
-            found[node.name] = Node(f"attention, {where}", cache_bytes[layer])
+        elif read := _cache_read(node, makers):
+            layer, share = read
+            where = "windowed" if layer in _sliding(bundle.manifest.caches) else "full"
+            found[node.name] = Node(f"attention, {where}: {node.op_type}", int(share * cache_bytes[layer]))
         else:
             found[node.name] = Node(node.op_type, 0)
     return found
@@ -129,11 +130,16 @@ def _sliding(caches: Caches) -> set[str]:
     return {str(layer.index) for layer in caches.layers if layer.layer_type == "sliding_attention"}
 
 
-def _cache_read(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto]) -> str | None:
-    """The layer whose cache the attention operator reads; None for other operators."""
-    if node.op_type != "GroupQueryAttention":
+def _cache_read(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto]) -> tuple[str, float] | None:
+    """The layer whose cache an operator reads, and how much of keys and values; None for other operators."""
+    if node.op_type == "GroupQueryAttention":
+        return node.input[3].split(".")[1], 1.0  # past_key_values.N.key or present.N.key
+    if node.op_type not in ("MatMul", "FusedMatMul"):
         return None
-    return node.input[3].split(".")[1]  # past_key_values.N.key or present.N.key
+    value = node.input[1]
+    while (maker := makers.get(value)) and maker.op_type in ("Unsqueeze", "Slice"):
+        value = maker.input[0]
+    return (value.split(".")[1], 0.5) if value.startswith("present.") else None
 
 
 def _product(weight: str) -> str:
