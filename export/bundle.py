@@ -28,8 +28,10 @@ from ..runtime.bundle import (
     FORMAT_VERSION,
     MANIFEST,
     Audio,
+    Drafter,
     FileEntry,
     Manifest,
+    Prefill,
     RuntimeSettings,
     Source,
     Tokens,
@@ -39,19 +41,21 @@ from ..runtime.errors import GemmaEdgeError
 from ..runtime.profile import DeviceProfile
 from . import genai
 from .attach import attach
+from .attach_prefill import attach_prefill
 from .audio_geometry import AudioModel, parse_audio_model
 from .audio_settings import describe_audio
 from .checkpoint import Checkpoint, open_checkpoint
+from .drafter import PreparedDrafter, prepare_drafter, write_drafter
 from .genai_audio import write_audio_variant
 from .geometry import TextModel, read_config, read_text_model
 from .pickers import write_pickers
-from .plan import AUDIO_DATA, DECODER_DATA, EMBEDDINGS_DATA, Plan, inner_type
+from .plan import AUDIO_DATA, DECODER_DATA, EMBEDDINGS_DATA, PREFILL_DATA, Plan, inner_type
 from .qat_plan import plan_for
 from .recipes import Recipe
 from .sentencepiece_model import write_sentencepiece_model
 from .source import CheckpointSource, read_json
-from .store import DataFile, Progress, StoredWeight, store_weights
-from .trace import Traced, trace_audio, trace_cuda_decoder, trace_decoder, trace_embeddings
+from .store import DataFile, Progress, StoredChannels, StoredWeight, store_channels, store_weights
+from .trace import Traced, trace_audio, trace_cuda_decoder, trace_decoder, trace_embeddings, trace_prefill
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +80,7 @@ class Job:
     out: Path
     force: bool = False
     audio: bool = True  # False leaves the audio encoder out
+    drafter: CheckpointSource | None = None
 
 
 @dataclass(frozen=True)
@@ -89,11 +94,15 @@ class Prepared:
     tokens: Tokens
     template: str  # the chat template
     ears: tuple[AudioModel, Audio] | None  # the audio encoder and its description; None: text only
+    drafter: PreparedDrafter | None = None
 
     @property
     def weight_count(self) -> int:
         """Weights that will be read, for a progress bar."""
-        return sum(weight.shape[0] * weight.shape[1] for weight in self.plan.weights)
+        drafter = () if self.drafter is None else self.drafter.weights
+        shapes = [weight.shape for weight in (*self.plan.weights, *drafter)]
+        shapes += [weight.shape for weight in self.plan.prefill]
+        return sum(rows * width for rows, width in shapes)
 
 
 def prepare(job: Job) -> Prepared:
@@ -104,6 +113,9 @@ def prepare(job: Job) -> Prepared:
     if context > longest:
         raise ExportError(f"a context of {context} tokens: the model was made for at most {longest}")
     ears = _read_ears(job, model)
+    drafter = None
+    if job.drafter is not None:
+        drafter = prepare_drafter(job.drafter, model, job.profile, job.recipe)
     checkpoint = open_checkpoint(job.source.folder)
     plan = plan_for(
         checkpoint,
@@ -112,14 +124,17 @@ def prepare(job: Job) -> Prepared:
         job.recipe,
         context=context,
         audio=None if ears is None else ears[0],
+        drafter_bytes=0 if drafter is None else drafter.resident_bytes,
     )
     for name in REQUIRED_FILES:
         if not (job.source.folder / name).is_file():
             raise ExportError(f"{job.source.folder / name}: no such file; the checkpoint is not complete")
     _check_destination(job.out, job.force)
-    _check_space(job.out, plan.file_bytes)
+    drafter_bytes = 0 if drafter is None else drafter.file_bytes
+    _check_space(job.out, plan.file_bytes + drafter_bytes)
     folder = job.source.folder
-    return Prepared(job, model, plan, checkpoint, _read_tokens(folder), _read_template(folder), ears)
+    tokens, template = _read_tokens(folder), _read_template(folder)
+    return Prepared(job, model, plan, checkpoint, tokens, template, ears, drafter)
 
 
 def write_bundle(prepared: Prepared, progress: Progress = lambda name, weights: None) -> Manifest:
@@ -127,7 +142,12 @@ def write_bundle(prepared: Prepared, progress: Progress = lambda name, weights: 
     job = prepared.job
     with _written_aside(job.out, job.force) as folder:
         write_sentencepiece_model(job.source.folder / "tokenizer.json", folder / "tokenizer.model")
-        stored = _write_graphs(prepared, folder, progress)
+        stored, channels = _write_graphs(prepared, folder, progress)
+        drafter = None
+        if prepared.drafter is not None:
+            drafter = write_drafter(
+                prepared.drafter, prepared.plan.caches, prepared.checkpoint, job.recipe, folder, progress
+            )
         genai.write_text_graph(folder / "embeddings.onnx", folder / "decoder.onnx", folder / genai_files.TEXT)
         genai.write_genai_config(
             folder / genai_files.CONFIG, prepared.model, prepared.plan.caches, prepared.tokens
@@ -136,18 +156,21 @@ def write_bundle(prepared: Prepared, progress: Progress = lambda name, weights: 
             write_audio_variant(folder, prepared.ears[1].tokens, prepared.tokens)
         _copy_files(prepared, folder)
         progress("hashing", 0)
-        manifest = _manifest(prepared, stored, folder)
+        manifest = _manifest(prepared, stored, channels, drafter, folder)
         (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
     return manifest
 
 
-def _write_graphs(prepared: Prepared, folder: Path, progress: Progress) -> dict[str, StoredWeight]:
+def _write_graphs(
+    prepared: Prepared, folder: Path, progress: Progress
+) -> tuple[dict[str, StoredWeight], dict[str, StoredChannels]]:
+    """What is stored of each weight, and of those of the prefill graph."""
     model, plan, checkpoint = prepared.model, prepared.plan, prepared.checkpoint
     progress("tracing", 0)
     inner = inner_type(prepared.job.profile)
     graphs: dict[str, Traced] = {
         "embeddings.onnx": trace_embeddings(model),
-        "decoder.onnx": trace_decoder(model, plan.caches, inner),
+        "decoder.onnx": trace_decoder(model, plan.caches, inner, prepared.drafter is not None),
     }
     if prepared.job.profile.execution_provider == "cuda":
         graphs[CUDA_DECODER] = trace_cuda_decoder(model, plan.caches, inner)
@@ -164,9 +187,24 @@ def _write_graphs(prepared: Prepared, folder: Path, progress: Progress) -> dict[
                 traced, stored, checkpoint, decoder_data, head=plan.head, recipe=prepared.job.recipe
             )
             ir.save(graph, folder / name)
+        channels = _write_prefill_graph(prepared, folder, decoder_data, progress) if plan.prefill else {}
     if prepared.ears is not None:
         stored |= _write_audio_graphs(prepared, prepared.ears[0], folder, progress)
-    return stored
+    return stored, channels
+
+
+def _write_prefill_graph(
+    prepared: Prepared, folder: Path, constants: DataFile, progress: Progress
+) -> dict[str, StoredChannels]:
+    """Rotary tables are the decoder's."""
+    plan = prepared.plan
+    progress("tracing", 0)
+    traced = trace_prefill(prepared.model, plan.caches)
+    with DataFile(folder / PREFILL_DATA) as data:
+        channels = store_channels(data, prepared.checkpoint, plan.prefill, progress)
+        graph = attach_prefill(traced, channels, prepared.checkpoint, constants, prepared.job.recipe)
+        ir.save(graph, folder / "prefill.onnx")
+    return channels
 
 
 def _write_audio_graphs(
@@ -189,7 +227,13 @@ def _write_audio_graphs(
     return stored
 
 
-def _manifest(prepared: Prepared, stored: dict[str, StoredWeight], folder: Path) -> Manifest:
+def _manifest(
+    prepared: Prepared,
+    stored: dict[str, StoredWeight],
+    channels: dict[str, StoredChannels],
+    drafter: Drafter | None,
+    folder: Path,
+) -> Manifest:
     job, profile = prepared.job, prepared.job.profile
     return Manifest(
         format_version=FORMAT_VERSION,
@@ -221,6 +265,15 @@ def _manifest(prepared: Prepared, stored: dict[str, StoredWeight], folder: Path)
         versions={"gemma-edge": __version__}
         | {package: importlib.metadata.version(package) for package in VERSIONS_OF},
         audio=None if prepared.ears is None else prepared.ears[1],
+        drafter=drafter,
+        prefill=_describe_prefill(channels, folder) if channels else None,
+    )
+
+
+def _describe_prefill(channels: dict[str, StoredChannels], folder: Path) -> Prefill:
+    return Prefill(
+        weights_bytes=(folder / PREFILL_DATA).stat().st_size,
+        quantization=tuple(weight.report for weight in channels.values()),
     )
 
 

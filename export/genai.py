@@ -11,6 +11,7 @@ import onnx_ir as ir
 from ..runtime.bundle import Caches, Tokens
 from ..runtime.genai_files import TEXT
 from .geometry import SLIDING, TextModel
+from .trace import HIDDEN, KEEP
 
 
 def write_text_graph(embeddings: Path, decoder: Path, out: Path) -> None:
@@ -102,9 +103,9 @@ def write_genai_config(path: Path, model: TextModel, caches: Caches, tokens: Tok
 
 def free_for_genai(graph: ir.Graph) -> None:
     """Let onnxruntime-genai allocate logits and caches; `logits_to_keep` becomes a constant."""
-    for value in list(graph.inputs):
-        if value.name == "logits_to_keep":
-            graph.inputs.remove(value)
+    for values, name in ((graph.inputs, KEEP), (graph.outputs, HIDDEN)):
+        for value in [value for value in values if value.name == name]:
+            values.remove(value)
     logits = graph.outputs[0]
     assert logits.shape is not None
     logits.shape = ir.Shape([1, 1, logits.shape[2]])

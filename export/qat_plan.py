@@ -25,9 +25,12 @@ def plan_for(
     *,
     context: int,
     audio: AudioModel | None = None,
+    drafter_bytes: int = 0,
 ) -> Plan:
     """The plan, with all tensors that it needs in `checkpoint`. Raises GemmaEdgeError where they are not."""
-    planning = functools.partial(make_plan, model, profile, recipe, context=context, audio=audio)
+    planning = functools.partial(
+        make_plan, model, profile, recipe, context=context, audio=audio, drafter_bytes=drafter_bytes
+    )
     if model.quantization is None:
         plan = planning()
         checkpoint.require(plan.shapes)

@@ -30,6 +30,7 @@ def report(out: Path, prepared: Prepared, manifest: Manifest) -> str:
         _row(f"caches, {caches.context} tokens, {caches.dtype}", memory.kv_bytes),
         _row("process and activations", memory.overhead_bytes),
         *([_row("audio encoder, while it is open", memory.audio_bytes)] if memory.audio_bytes else []),
+        *([_row("drafter", memory.drafter_bytes)] if memory.drafter_bytes else []),
         _row(f"together, {needed / budget:.0%} of the budget", needed),
         _row("budget", budget),
         _row("mapped from disk besides", memory.mapped_bytes),

@@ -32,8 +32,10 @@ class CheckpointSource:
     revision: str | None  # Hub commit
 
 
-def find_checkpoint(asked: str, *, revision: str | None = None, offline: bool = False) -> CheckpointSource:
-    """Raises SourceError saying why there is none and what to do."""
+def find_checkpoint(
+    asked: str, *, revision: str | None = None, offline: bool = False, tokenizer: bool = True
+) -> CheckpointSource:
+    """Raises SourceError saying why there is none and what to do. tokenizer: whether it must have one."""
     folder = nano_folder() if asked == NANO else Path(asked)
     if (folder / "config.json").is_file():
         return CheckpointSource(folder, folder.resolve().name, asked, None)
@@ -45,7 +47,7 @@ def find_checkpoint(asked: str, *, revision: str | None = None, offline: bool = 
         raise SourceError(f"{folder}: no config.json in it; expected a Hugging Face checkpoint folder")
     if not _HUB_ID.fullmatch(asked):
         raise SourceError(f"{asked}: neither a folder nor a Hub id such as google/gemma-4-E2B-it. {_INSTEAD}")
-    return _from_hub(asked, revision, offline)
+    return _from_hub(asked, revision, offline, tokenizer)
 
 
 def nano_folder() -> Path:
@@ -69,7 +71,7 @@ def read_json(path: Path) -> dict[str, Any]:
 _INSTEAD = "To try everything with the bundled model, pass `--model nano` (make: MODEL=nano)."
 
 
-def _from_hub(hub_id: str, revision: str | None, offline: bool) -> CheckpointSource:
+def _from_hub(hub_id: str, revision: str | None, offline: bool, tokenizer: bool) -> CheckpointSource:
     """From the Hub's cache; what is missing there is downloaded.
 
     A connection that breaks is taken up again where it broke. What an interrupted download left is kept, file
@@ -83,7 +85,7 @@ def _from_hub(hub_id: str, revision: str | None, offline: bool) -> CheckpointSou
         folder = Path(
             snapshot_download(hub_id, revision=revision, allow_patterns=PATTERNS, local_files_only=True)
         )
-    whole = folder is not None and _is_whole(folder)
+    whole = folder is not None and _is_whole(folder, tokenizer)
     if offline and not whole:
         raise SourceError(
             f"{hub_id} is not whole in the Hub cache, and --offline was given; without it, a download "
@@ -107,7 +109,8 @@ def _from_hub(hub_id: str, revision: str | None, offline: bool) -> CheckpointSou
     )  # the cache names folders by commit
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_whole(folder: Path, tokenizer: bool) -> bool:
     """Whether all files of a checkpoint are there: an interrupted download leaves some out."""
-    expected = [folder / "config.json", folder / "tokenizer.json", *weight_files(folder)]
+    names = ["config.json", "tokenizer.json"] if tokenizer else ["config.json"]
+    expected = [*(folder / name for name in names), *weight_files(folder)]
     return all(path.is_file() for path in expected)

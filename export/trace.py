@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import msgspec
 import onnx_ir as ir
 import torch
 from torch import nn
@@ -21,11 +22,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from .. import __version__
 from ..runtime.bundle import Caches
 from .audio_geometry import AudioModel
+from .drafter_geometry import DrafterModel
 from .geometry import TextModel
 from .modules.audio import AudioEncoder
 from .modules.constants import Constants, Make
 from .modules.cuda_decoder import CudaDecoder
 from .modules.decoder import Decoder
+from .modules.drafter import Drafter
 from .modules.embeddings import Embeddings
 from .modules.prefill import Prefill
 
@@ -33,6 +36,7 @@ OPSET = 23
 TENSOR_SCATTER_OPSET = 24  # the first with TensorScatter; torch writes 23 at most, nothing else used changed
 IR_VERSION = 11
 KEEP = "logits_to_keep"
+HIDDEN = "hidden_states"
 CUDA_LENGTHS = ("last_position", "total_length", "window_length")  # inputs of the decoder for CUDA
 
 CACHE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
@@ -46,15 +50,17 @@ class Traced:
     makers: dict[str, Make]  # initializer name -> its value, for those that are not in the checkpoint
 
 
-def trace_decoder(model: TextModel, caches: Caches, inner: torch.dtype = torch.float32) -> Traced:
+def trace_decoder(
+    model: TextModel, caches: Caches, inner: torch.dtype = torch.float32, drafts: bool = False
+) -> Traced:
     """The decoder with the names that runtime and onnxruntime-genai expect; cache sizes are fixed.
 
-    inner: the number type of attention and MLP.
+    inner: the number type of attention and MLP. drafts: with an output for a drafter.
     """
     shape = model.geometry
     width = shape.num_hidden_layers * shape.hidden_size_per_layer_input
     with _fake_tensors():
-        module = Decoder(model, context=caches.context, kv_dtype=caches.dtype, inner=inner)
+        module = Decoder(model, context=caches.context, kv_dtype=caches.dtype, inner=inner, drafts=drafts)
         module.eval().requires_grad_(False)
         past = _past(caches)
         example = (
@@ -83,7 +89,7 @@ def trace_decoder(model: TextModel, caches: Caches, inner: torch.dtype = torch.f
     keep.name = KEEP
     keep.const_value = ir.tensor([1], dtype=ir.DataType.INT64, name=keep.name)
     graph.graph.initializers[keep.name] = keep  # an input with a default: callers may leave it out
-    _name_decoder(graph, [*names, KEEP], caches)
+    _name_decoder(graph, [*names, KEEP], caches, last=[HIDDEN] if drafts else [])
     return Traced(graph, _makers(module.constants))
 
 
@@ -131,6 +137,34 @@ def trace_prefill(model: TextModel, caches: Caches) -> Traced:
         graph = _export(module, example, dynamic)
     names = ["inputs_embeds", *(["per_layer_inputs"] if width else []), "attention_mask", "position_ids"]
     _name_decoder(graph, names, caches, logits=False)
+    return Traced(graph, _makers(module.constants))
+
+
+def trace_drafter(model: DrafterModel, caches: Caches) -> Traced:
+    """The drafter over the caches of its target that it reads, under their names in the decoder."""
+    backbone = model.target.geometry.hidden_size
+    read = [caches.layers[model.cache_index(layer_type)] for layer_type in model.sources]
+    with _fake_tensors():
+        module = Drafter(model, context=caches.context, kv_dtype=caches.dtype)
+        module.eval().requires_grad_(False)
+        past = _past(msgspec.structs.replace(caches, layers=tuple(read)))
+        example = (
+            torch.zeros(1, 1, backbone),
+            torch.zeros(1, 1, backbone),
+            torch.zeros(1, 7, dtype=torch.int64),
+            torch.zeros(1, 1, dtype=torch.int64),
+            past,
+        )
+        total = torch.export.Dim("total", min=2, max=2**20)
+        graph = _export(module, example, ({}, {}, {1: total}, {}, [{} for _ in past]))
+    names = ["inputs_embeds", HIDDEN, "attention_mask", "position_ids"]
+    names += [f"past_key_values.{cache.index}.{part}" for cache in read for part in ("key", "value")]
+    for value, name in zip(graph.graph.inputs, names, strict=True):
+        value.name = name
+    outputs = ("token", "probability", "drafted_states", "scores", "ids")
+    for value, name in zip(graph.graph.outputs, outputs, strict=False):
+        value.name = name
+    _finish(graph, "drafter")
     return Traced(graph, _makers(module.constants))
 
 
@@ -206,8 +240,10 @@ def _makers(constants: Constants) -> dict[str, Make]:
     return {f"constants.{name}": make for name, make in constants.makers.items()}
 
 
-def _name_decoder(model: ir.Model, names: list[str], caches: Caches, *, logits: bool = True) -> None:
-    """Give inputs and outputs their public names: those of `names` or `logits`, then the caches'."""
+def _name_decoder(
+    model: ir.Model, names: list[str], caches: Caches, *, logits: bool = True, last: Sequence[str] = ()
+) -> None:
+    """Give inputs and outputs their public names: `names`, the caches'; `logits`, the caches', `last`."""
     graph = model.graph
     cache_names = [f"{cache.index}.{part}" for cache in caches.layers for part in ("key", "value")]
     for value, name in zip(
@@ -215,7 +251,9 @@ def _name_decoder(model: ir.Model, names: list[str], caches: Caches, *, logits: 
     ):
         value.name = name
     first = ["logits"] if logits else []
-    for value, name in zip(graph.outputs, [*first, *(f"present.{n}" for n in cache_names)], strict=True):
+    for value, name in zip(
+        graph.outputs, [*first, *(f"present.{n}" for n in cache_names), *last], strict=True
+    ):
         value.name = name
     _finish(model, "decoder" if logits else "prefill")
 

@@ -35,14 +35,21 @@ class Decoder(nn.Module):
 
     inner: the number type of attention and MLP. The residual stream, the per-layer inputs and the head, whose
     values have no bound that float16 could hold, are always float32.
+    drafts: the kept rows' last hidden states are an output, for a drafter.
     """
 
     def __init__(
-        self, model: TextModel, *, context: int, kv_dtype: KvDtype, inner: torch.dtype = torch.float32
+        self,
+        model: TextModel,
+        *,
+        context: int,
+        kv_dtype: KvDtype,
+        inner: torch.dtype = torch.float32,
+        drafts: bool = False,
     ) -> None:
         super().__init__()
         shape = model.geometry
-        self.model = model
+        self.model, self.drafts = model, drafts
         self.layers = nn.ModuleList([DecoderLayer(model, layer, inner) for layer in model.layers])
         self.norm = ops.RMSNorm(shape.hidden_size, model.rms_norm_eps)
         self.lm_head = ops.Linear(shape.hidden_size, shape.vocab_size)
@@ -88,10 +95,11 @@ class Decoder(nn.Module):
                 hidden = module.kept_rows(hidden, caches[layer.source], step, extra)
             if not layer.is_shared:
                 present += caches[layer.index]
-        logits = self.lm_head(self.norm(hidden))  # (1, R, vocab)
+        hidden = self.norm(hidden)
+        logits = self.lm_head(hidden)  # (1, R, vocab)
         if (cap := self.model.geometry.final_logit_softcapping) is not None:
             logits = torch.tanh(logits / cap) * cap
-        return logits, *present
+        return (logits, *present, hidden) if self.drafts else (logits, *present)
 
     def last_cached(
         self, module: DecoderLayer, hidden: Tensor, past: Cache, step: Step, extra: Tensor | None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import torch
@@ -36,18 +36,25 @@ class TinyBundle:
 
 
 def tiny_profile(
-    *, kv: str = "float32", slack: int = 4, block: int = 32, chunk: int = 16, budget_mib: int = 1024
+    *,
+    kv: str = "float32",
+    slack: int = 4,
+    block: int = 32,
+    chunk: int = 16,
+    budget_mib: int = 1024,
+    prefill_weights: str = "shared",
 ) -> DeviceProfile:
     """A device small enough for tests: one thread, all block sizes the same."""
     base = load_profile("x86-64-generic")
-    replace = msgspec.structs.replace
-    return replace(
+    change = msgspec.structs.replace
+    return change(
         base,
         name="tiny-device",
-        memory=replace(base.memory, budget_mib=budget_mib),
-        cpu=replace(base.cpu, threads=1),
-        kv_cache=replace(base.kv_cache, dtype=kv, sliding_slack=slack),
+        memory=change(base.memory, budget_mib=budget_mib),
+        cpu=change(base.cpu, threads=1),
+        kv_cache=change(base.kv_cache, dtype=kv, sliding_slack=slack),
         prefill_chunk=chunk,
+        prefill_weights=prefill_weights,
         block_sizes={"2": block, "4": block, "8": block},
     )
 
@@ -59,11 +66,16 @@ def prepare_tiny(
     recipe: str = "fp32",
     context: int | None = 128,
     force: bool = False,
+    prefill: Literal["shared", "int8"] | None = None,
+    drafter: Path | None = None,
     **device: Any,
 ) -> Prepared:
-    """Everything before the work. `device`: arguments of `tiny_profile`."""
-    source = find_checkpoint(str(checkpoint))
-    return prepare(Job(source, tiny_profile(**device), load_recipe(recipe), context, out, force))
+    """Everything before the work. prefill: whatever recipe and device say. `device`: see `tiny_profile`."""
+    source, rules = find_checkpoint(str(checkpoint)), load_recipe(recipe)
+    if prefill is not None:
+        rules = replace(rules, prefill_weights=prefill)
+    guessing = None if drafter is None else find_checkpoint(str(drafter), tokenizer=False)
+    return prepare(Job(source, tiny_profile(**device), rules, context, out, force, drafter=guessing))
 
 
 def export_tiny(
