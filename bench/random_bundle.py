@@ -1,11 +1,11 @@
-"""A bundle of random weights without a checkpoint: a skeleton that takes export's packages, filled with numpy alone.
+"""A bundle of random weights without a checkpoint: a skeleton made by export, filled with numpy alone.
 
     python bench/random_bundle.py make --model e2b --device jetson --recipe int4 --context 4096 SKELETON
     python bench/random_bundle.py fill SKELETON BUNDLE
 
 A skeleton is some megabytes: graphs, manifest, constants, and where which bytes go. It can be carried to a
-machine without torch and filled there in seconds. The engine runs the bundle; it has no tokenizer. The table of
-per-layer inputs is a hole in its file (zeros): a row of it is gathered like any other.
+machine without torch and filled there in seconds. The engine runs the bundle; it has no tokenizer. The table
+of per-layer inputs is a hole in its file (zeros): a row of it is gathered like any other.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -26,16 +26,16 @@ LEVEL_DEVIATION = {2: 1.12, 4: 4.61, 8: 73.9}  # of uniform levels
 
 
 def make(out: Path, model_name: str, device: str, recipe_name: str, context: int) -> None:
+    import onnx_ir as ir
+
+    from gemma_edge.export.attach import attach
+    from gemma_edge.export.pickers import write_pickers
     from gemma_edge.export.plan import DECODER_DATA, EMBEDDINGS_DATA, HEAD, TOKEN_TABLE, inner_type, make_plan
     from gemma_edge.export.recipes import load_recipe
     from gemma_edge.export.sizes import model_of
     from gemma_edge.export.store import DataFile, StoredWeight, _reserve
     from gemma_edge.export.trace import trace_cuda_decoder, trace_decoder, trace_embeddings
     from gemma_edge.runtime.profile import load_profile
-
-    import onnx_ir as ir
-    from gemma_edge.export.attach import attach
-    from gemma_edge.export.pickers import write_pickers
 
     profile, recipe, model = load_profile(device), load_recipe(recipe_name), model_of(model_name)
     plan = make_plan(model, profile, recipe, context=context)
@@ -56,7 +56,7 @@ def make(out: Path, model_name: str, device: str, recipe_name: str, context: int
     class Checkpoint:
         """Norms of ones; layers that shrink what passes, as random weights need."""
 
-        tensors: dict[str, Any] = {}
+        tensors: ClassVar[dict[str, Any]] = {}
 
         def read(self, name: str) -> np.ndarray:
             value = 0.7 if name.endswith("layer_scalar") else 1.0

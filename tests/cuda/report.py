@@ -3,8 +3,8 @@
     python -m tests.cuda.report [--cases FOLDER] [--out REPORT.md]
 
 Without a GPU it says so, passes nothing and exits with status 3. Cases that are not there are made first,
-which takes minutes and needs torch and transformers. Each check runs whatever became of the others. The report
-is Markdown; beside it lies the same as JSON. Exit status 1: a check failed.
+which takes minutes and needs torch and transformers. Each check runs whatever became of the others. The
+report is Markdown; beside it lies the same as JSON. Exit status 1: a check failed.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cases", type=Path, default=ROOT / ".cuda-cases", help="made if it is not there")
-    parser.add_argument("--out", type=Path, default=ROOT / "cuda-report.md")
+    parser.add_argument(
+        "--cases", type=Path, default=ROOT / ".cuda" / "cases", help="made if it is not there"
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / ".cuda" / "report.md")
     parser.add_argument("--only", help="checks whose name has this in it")
     parser.add_argument(
         "--try-on-cpu", action="store_true", help="run the checks without a GPU, to test them; proves nothing"
@@ -67,6 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
             flush=True,
         )
     about = machine()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(markdown(about, results, on_gpu=not args.try_on_cpu), encoding="utf-8")
     args.out.with_suffix(".json").write_text(
         json.dumps(dict(about=about, results=results), indent=1, default=str)
@@ -126,7 +129,11 @@ def markdown(about: dict[str, str], results: list[dict[str, Any]], *, on_gpu: bo
     lines += ["| check | passed | s | figures |", "|---|---|---|---|"]
     for result in results:
         figures = result.get("figures") or {"error": result.get("error")}
-        text = ", ".join(f"{key} {_short(value)}" for key, value in figures.items() if key != "operators")
+        text = ", ".join(
+            f"{key} {_short(value)}"
+            for key, value in figures.items()
+            if key not in ("operators", "differing")
+        )
         passed = "yes" if result["passed"] else "**no**"
         lines.append(f"| {result['check']} | {passed} | {result['seconds']} | {text.replace('|', '/')} |")
     lines += ["", "## What was asked", ""]
