@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from . import huge_pages
 from .bundle import Bundle
 from .cache import KvCaches
 from .errors import BundleError
@@ -27,7 +28,7 @@ from .sampler import Picks
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _KEEP = "logits_to_keep"
-# Fewer rows of a prompt are run on the decoder graph though there is one for prefill: its weights have fewer bytes.
+# Fewer rows of a prompt are run on the decoder graph, whose weights have fewer bytes.
 LEAST_PROMPT_ROWS = 8
 
 
@@ -75,6 +76,8 @@ class Session:
         self._prompt_chunk = self._bind_prompt(chunk, 0) if self.prompts is not None else None
         self._shrink = ort.RunOptions()
         self._shrink.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        weights_bytes = manifest.memory.weights_bytes if provider == "cpu" else 0
+        self.moving = huge_pages.start(weights_bytes)  # a thread that ends by itself
 
     @property
     def logits(self) -> npt.NDArray[np.floating]:
@@ -202,11 +205,11 @@ def session_options(threads: int) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # Patterns are kept per chunk length and only cost memory; threads that spin longer gain nothing on an idle
-    # machine and starve each other on a busy one.
+    # Patterns are kept per chunk length and only cost memory; threads that spin longer gain nothing on an
+    # idle machine and starve each other on a busy one.
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.intra_op.spin_duration_us", "50")
-    # Attention that is sure of itself leaves probabilities under 1e-38, which x86 multiplies many times slower.
+    # Attention that is sure of itself leaves probabilities under 1e-38: x86 is ten times slower at these.
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     options.log_severity_level = 3
     return options
