@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 WITHOUT = """
@@ -57,3 +61,76 @@ def test_the_unit_is_one_that_systemd_takes(tmp_path: Path):
     )
     about_ours = [line for line in done.stderr.splitlines() if "gemma-edge" in line]
     assert done.returncode == 0 and not about_ours, done.stderr
+
+
+@dataclass(frozen=True)
+class Platform:
+    """Where wheels must be found."""
+
+    name: str
+    python: str
+    tags: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def linux(machine: str, glibc_minor: int) -> tuple[str, ...]:
+    """The manylinux tags that a glibc takes, newest first."""
+    versions = [f"manylinux_2_{minor}_{machine}" for minor in range(glibc_minor, 16, -1)]
+    return (*versions, f"manylinux2014_{machine}")
+
+
+MAC = ("macosx_14_0_arm64",)
+PLATFORMS = [
+    Platform("Raspberry Pi OS 12", "3.11", linux("aarch64", 36)),
+    Platform("Raspberry Pi OS 13", "3.13", linux("aarch64", 41)),
+    Platform("JetPack 7, Ubuntu on Snapdragon", "3.12", linux("aarch64", 39)),
+    Platform("macOS 14, Python 3.11", "3.11", MAC),
+    Platform("macOS 14, Python 3.12", "3.12", MAC),
+    Platform("macOS 14, Python 3.13", "3.13", MAC),
+    Platform("Ubuntu 24.04 on x86-64", "3.12", linux("x86_64", 39)),
+    Platform("Debian 13 on x86-64", "3.13", linux("x86_64", 41)),
+]
+CUDA_PLATFORMS = [platform for platform in PLATFORMS if platform.python == "3.12" and platform.tags != MAC]
+
+
+def would_install(platform: Platform, *extras: str) -> dict[str, str]:
+    """What pip would install there, wheels only: name -> version. Asks the package index."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needs = [
+        *project["dependencies"],
+        *(need for extra in extras for need in project["optional-dependencies"][extra]),
+    ]
+    where = [f"--platform={tag}" for tag in platform.tags]
+    where += [f"--python-version={platform.python}", "--implementation=cp", "--only-binary=:all:"]
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--dry-run"]
+    done = subprocess.run(
+        [*pip, "--ignore-installed", "--target=unused", "--report=-", *where, *needs],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, f"{platform}, {extras}: {done.stderr[-2000:]}"
+    return {
+        item["metadata"]["name"].lower(): item["metadata"]["version"]
+        for item in json.loads(done.stdout)["install"]
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", PLATFORMS, ids=str)
+def test_every_device_has_wheels(platform: Platform):
+    """All extras of the device. Needs the package index."""
+    found = would_install(platform, "cpu", "http", "audio", "voice")
+    assert found["onnxruntime"].startswith("1.32.")
+    assert not {"torch", "transformers", "onnx", "onnxruntime-gpu"} & set(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", CUDA_PLATFORMS, ids=str)
+def test_cuda_brings_its_onnxruntime_alone(platform: Platform):
+    found = would_install(platform, "cuda", "http", "audio")
+    assert "onnxruntime-gpu" in found and "onnxruntime" not in found
+    assert {"nvidia-cuda-runtime", "nvidia-cudnn-cu13"} <= set(found)
