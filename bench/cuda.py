@@ -67,14 +67,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("cuda_bundle", type=Path, help="a bundle made for CUDA")
     parser.add_argument("--prompt-tokens", type=int, default=1000, help="before decoding")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--prefill", type=int, nargs="+", default=(128, 512, 1024, 3072))
     parser.add_argument("--json", type=Path, help="write the last line here too")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try this script")
     args = parser.parse_args()
-    bundle = open_bundle(args.bundle)
+    bundle = open_bundle(args.cuda_bundle)
     about = machine() | {"gpu": gpu_line(), "providers": ort.get_available_providers()}
     print_machine(about)
     print(f"GPU: {about['gpu']}")

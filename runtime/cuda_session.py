@@ -202,7 +202,7 @@ class CudaSession:
         if not path.is_file():
             raise BundleError(f"{path}: not there; export the bundle again with this version")
         if settings.device != DEVICE:
-            return open_graph(path, self.threads, "cpu")
+            return open_graph(path, self.threads, "cpu", config=settings.config)
         load_libraries()
         options = PROVIDER_OPTIONS | dict(settings.provider_options)
         return open_graph(
