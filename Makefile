@@ -56,7 +56,7 @@ own_model = $(if $(filter nano,$(OWN_MODEL)),models/nano,"$$OWN_MODEL")
 # The benchmarks that take a bundle.
 BUNDLE_BENCHES := $(sort $(shell grep -l 'add_argument."bundle"' bench/*.py))
 
-.PHONY: help setup setup-device export ask serve demo voice test test-slow test-arm64 bench lint clean distclean
+.PHONY: help setup setup-device export ask serve demo voice test test-slow test-cuda test-arm64 bench lint clean distclean
 
 help: ## this list
 	@echo "usage: make TARGET [NAME=VALUE ...]"
@@ -98,10 +98,13 @@ voice: $(if $(BUNDLE),$(READY),$(NEEDS)) ## a voice assistant (WAV=recording, TY
 		$${WAV:+--wav "$$WAV"} $(if $(TYPED),--text) $${SPEAK:+--speak "$$SPEAK"} $${HOME_FILE:+--home "$$HOME_FILE"}
 
 test: lint ## lint, types and the fast tests
-	@$(VENV_PYTHON) -m pytest -m "not slow and not arm64"
+	@$(VENV_PYTHON) -m pytest -m "not slow and not arm64 and not cuda"
 
 test-slow: $(READY) ## the tests that take minutes or a full-size model
 	@$(VENV_PYTHON) -m pytest -m slow
+
+test-cuda: $(READY) ## checks on an NVIDIA GPU, with a report; without a GPU it fails and says so
+	@$(VENV_PYTHON) -m tests.cuda.report
 
 test-arm64: $(READY) ## the wheel on emulated Raspberry Pis: aarch64 wheels, text, sound, MQTT, HTTP (qemu-user)
 	@$(VENV_PYTHON) -m pytest -m arm64

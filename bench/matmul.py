@@ -10,7 +10,8 @@ which grows with the block. The last line is JSON.
 
 On CUDA activations and scales are float16, as a CUDA bundle has them, or float32, as its head and its
 per-layer inputs have; runs are captured, so that starting seven kernels costs little, and the printed error
-is that of the arithmetic in halves. --weight-only takes the kernels that ONNX Runtime has for that (fpA_intB).
+is that of the arithmetic in halves. --weight-only takes the kernels that ONNX Runtime has for that
+(fpA_intB).
 """
 
 from __future__ import annotations
