@@ -52,9 +52,9 @@ from .pickers import write_pickers
 from .plan import AUDIO_DATA, DECODER_DATA, EMBEDDINGS_DATA, PREFILL_DATA, Plan, inner_type
 from .qat_plan import plan_for
 from .recipes import Recipe
-from .sentencepiece_model import write_sentencepiece_model
 from .source import CheckpointSource, read_json
 from .store import DataFile, Progress, StoredChannels, StoredWeight, store_channels, store_weights
+from .token_table import write_token_table
 from .trace import Traced, trace_audio, trace_cuda_decoder, trace_decoder, trace_embeddings, trace_prefill
 
 log = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ def write_bundle(prepared: Prepared, progress: Progress = lambda name, weights: 
     """Write the bundle and return its manifest. progress: called with the tensor at hand and weights done."""
     job = prepared.job
     with _written_aside(job.out, job.force) as folder:
-        write_sentencepiece_model(job.source.folder / "tokenizer.json", folder / "tokenizer.model")
+        write_token_table(job.source.folder / "tokenizer.json", folder / "tokenizer.table")
         stored, channels = _write_graphs(prepared, folder, progress)
         drafter = None
         if prepared.drafter is not None:

@@ -1,4 +1,4 @@
-"""Text to ids and back with the bundle's SentencePiece model; knows control tokens, not what they mean.
+"""Text to ids and back with the bundle's token table; knows control tokens, not what they mean.
 
 The ids are those of the checkpoint's tokenizer.json. Control tokens (`<bos>`, `<|turn>`, …) are split off
 first, the longest match at each place, and the text between them is encoded alone, as Hugging Face does.
@@ -7,61 +7,49 @@ first, the longest match at each place, and the text between them is encoded alo
 from __future__ import annotations
 
 import codecs
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 
-import sentencepiece
-
+from .bpe import SPACE, ControlFinder, TokenTable
 from .bundle import Bundle
 from .errors import BundleError
 
-MODEL = "tokenizer.model"
-_SPACE = "\u2581"  # how pieces write a space
+__all__ = ["ControlFinder", "StreamDecoder", "Tokenizer", "load_tokenizer"]
+
+TABLE = "tokenizer.table"
+MODEL = "tokenizer.model"  # of bundles that were exported before there were token tables
 
 
 def load_tokenizer(bundle: Bundle) -> Tokenizer:
     """The bundle's tokenizer."""
-    return Tokenizer(bundle.path / MODEL)
+    return Tokenizer(bundle.path / (TABLE if TABLE in bundle.manifest.files else MODEL))
 
 
-class ControlFinder:
-    """Where control tokens stand in a text: from the left, the longest at each place."""
+class Pieces(Protocol):
+    """A vocabulary and its BPE."""
 
-    def __init__(self, controls: Iterable[str]) -> None:
-        self.controls = frozenset(controls)
-        self.lengths = sorted({len(control) for control in self.controls}, reverse=True)
-        # Looked up by slices at each possible first character: a checkpoint may have thousands of them.
-        starts = "".join(sorted(re.escape(first) for first in {control[0] for control in self.controls}))
-        self._starts = re.compile(f"[{starts}]" if starts else "(?!)")
+    vocab_size: int
+    unknown: int  # below 0: none
+    controls: tuple[int, ...]
 
-    def spans(self, text: str) -> Iterator[tuple[int, int]]:
-        """(start, end) of every control token."""
-        done = 0
-        for match in self._starts.finditer(text):
-            start = match.start()
-            if start < done:
-                continue
-            for length in self.lengths:
-                if text[start : start + length] in self.controls:
-                    done = start + length
-                    yield start, done
-                    break
+    def piece(self, token: int) -> str: ...
+
+    def byte(self, token: int) -> int | None: ...
+
+    def encode(self, text: str) -> list[int]: ...
 
 
 class Tokenizer:
     """Encodes and decodes. Safe to use from several threads."""
 
-    def __init__(self, model: Path) -> None:
-        try:
-            self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
-        except (OSError, RuntimeError) as cause:
-            raise BundleError(f"{model}: no SentencePiece model ({cause}); export it again") from cause
-        self.vocab_size: int = self._pieces.get_piece_size()
-        is_control, piece = self._pieces.IsControl, self._pieces.IdToPiece
-        self.controls: dict[str, int] = {piece(i): i for i in range(self.vocab_size) if is_control(i)}
-        if self._pieces.unk_id() >= 0:
-            self.controls[piece(self._pieces.unk_id())] = self._pieces.unk_id()
+    def __init__(self, file: Path) -> None:
+        """file: a token table, or a SentencePiece model (`.model`)."""
+        self._pieces: Pieces = _SentencePiece(file) if file.suffix == ".model" else TokenTable(file)
+        self.vocab_size: int = self._pieces.vocab_size
+        self.controls: dict[str, int] = {self._pieces.piece(i): i for i in self._pieces.controls}
+        if self._pieces.unknown >= 0:
+            self.controls[self._pieces.piece(self._pieces.unknown)] = self._pieces.unknown
         self._control_ids = frozenset(self.controls.values())
         self._finder = ControlFinder(self.controls)
 
@@ -98,15 +86,15 @@ class Tokenizer:
 
     def piece(self, token: int) -> str:
         """The token as the vocabulary writes it. Raises IndexError on an id outside it."""
-        return self._pieces.IdToPiece(token)
+        return self._pieces.piece(token)
 
     def byte(self, token: int) -> int | None:
         """The byte that a byte-fallback token stands for; None for other tokens."""
-        return int(self.piece(token)[3:5], 16) if self._pieces.IsByte(token) else None
+        return self._pieces.byte(token)
 
     def _encode_plain(self, text: str) -> list[int]:
         # A lone surrogate (JSON allows one) has no UTF-8 form.
-        return self._pieces.EncodeAsIds(text.encode("utf-8", "replace").decode("utf-8"))
+        return self._pieces.encode(text.encode("utf-8", "replace").decode("utf-8"))
 
 
 class StreamDecoder:
@@ -128,10 +116,34 @@ class StreamDecoder:
             return self._utf8.decode(bytes((byte,)))
         if self._tokenizer.is_control(token):
             return self.flush() + ("" if self._skip_special else self._tokenizer.piece(token))
-        return self.flush() + self._tokenizer.piece(token).replace(_SPACE, " ")
+        return self.flush() + self._tokenizer.piece(token).replace(SPACE, " ")
 
     def flush(self) -> str:
         """What is left of an unfinished sequence, as U+FFFD."""
         rest = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return rest
+
+
+class _SentencePiece:
+    """A SentencePiece model as `Pieces`."""
+
+    def __init__(self, model: Path) -> None:
+        import sentencepiece
+
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_file=str(model))
+        except (OSError, RuntimeError) as cause:
+            raise BundleError(f"{model}: no SentencePiece model ({cause}); export it again") from cause
+        self.vocab_size: int = self._model.get_piece_size()
+        self.unknown: int = self._model.unk_id()
+        self.controls = tuple(i for i in range(self.vocab_size) if self._model.IsControl(i))
+
+    def piece(self, token: int) -> str:
+        return self._model.IdToPiece(token)
+
+    def byte(self, token: int) -> int | None:
+        return int(self.piece(token)[3:5], 16) if self._model.IsByte(token) else None
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.EncodeAsIds(text)

@@ -23,8 +23,8 @@ from gemma_edge.export.bundle import ExportError, write_bundle
 from gemma_edge.export.geometry import parse_text_model
 from gemma_edge.export.plan import BudgetError, make_plan, total_bytes
 from gemma_edge.export.recipes import load_recipe
-from gemma_edge.export.sentencepiece_model import TokenizerError
 from gemma_edge.export.source import SourceError, find_checkpoint
+from gemma_edge.export.token_table import TokenizerError
 from gemma_edge.runtime.bundle import open_bundle, sha256_file
 from gemma_edge.runtime.profile import DeviceProfile
 
@@ -61,7 +61,7 @@ def test_the_bundle_is_whole_and_described(exported: Path, checkpoint: Path):
     assert names == {*manifest.files, "manifest.json"}
     assert names >= {
         *("decoder.onnx", "decoder.onnx.data", "embeddings.onnx", "embeddings.onnx.data", "text.onnx"),
-        *("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"),
+        *("config.json", "tokenizer.json", "tokenizer.table", "tokenizer_config.json", "chat_template.jinja"),
         *("generation_config.json", "genai_config.json"),
     }
     assert manifest.source.model == str(checkpoint) and manifest.source.revision is None

@@ -12,9 +12,9 @@ import torch
 from transformers import Gemma4ForConditionalGeneration
 
 from gemma_edge.export.checkpoint import open_checkpoint, read_bytes
-from gemma_edge.export.sentencepiece_model import write_sentencepiece_model
 from gemma_edge.export.synthetic import MODELS, known_config, main, tensors_of, write_checkpoint
 from gemma_edge.export.synthetic_tokenizer import CONTROLS, write_tokenizer
+from gemma_edge.export.token_table import write_token_table
 from gemma_edge.runtime.tokenizer import Tokenizer
 
 from .support.tiny_bundles import prepare_tiny
@@ -112,10 +112,8 @@ def test_packed_levels_are_spread_like_weights(tmp_path: Path):
 
 def test_the_tokenizer_has_gemma_4s_ids(tmp_path: Path):
     write_tokenizer(tmp_path, 4096)
-    write_sentencepiece_model(
-        tmp_path / "tokenizer.json", tmp_path / "tokenizer.model"
-    )  # and compares the two
-    tokenizer = Tokenizer(tmp_path / "tokenizer.model")
+    write_token_table(tmp_path / "tokenizer.json", tmp_path / "tokenizer.table")  # and compares the two
+    tokenizer = Tokenizer(tmp_path / "tokenizer.table")
     assert {tokenizer.controls[piece] for index, piece in CONTROLS.items() if index < 4096} == {
         index for index in CONTROLS if index < 4096
     }

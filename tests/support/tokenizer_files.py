@@ -1,4 +1,4 @@
-"""Test tokenizers as both sides see them: Hugging Face's, and ours on the exported SentencePiece model."""
+"""Test tokenizers as both sides see them: Hugging Face's, and ours on the exported token table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tokenizers
 
-from gemma_edge.export.sentencepiece_model import write_sentencepiece_model
+from gemma_edge.export.token_table import write_token_table
 from gemma_edge.runtime.tokenizer import Tokenizer
 
 from .tiny_checkpoint import train_tokenizer
@@ -24,6 +24,6 @@ def tokenizer_pair(name: str) -> tuple[tokenizers.Tokenizer, Tokenizer]:
         if name == "tiny":
             source = Path(folder) / "tokenizer.json"
             train_tokenizer(512).save(str(source))
-        model = Path(folder) / "tokenizer.model"
-        write_sentencepiece_model(source, model)
-        return tokenizers.Tokenizer.from_file(str(source)), Tokenizer(model)
+        table = Path(folder) / "tokenizer.table"
+        write_token_table(source, table)
+        return tokenizers.Tokenizer.from_file(str(source)), Tokenizer(table)
