@@ -1,4 +1,4 @@
-"""These tests are collected only when they are asked for: `pytest -m cuda`; without a GPU that ends at once."""
+"""Collected only when asked for, `pytest -m cuda`; without a GPU that ends at once, and passes nothing."""
 
 from __future__ import annotations
 
