@@ -7,6 +7,7 @@ import base64
 import json
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from .engine import Engine
     from .genai_engine import GenaiEngine
     from .service import ChatRequest, Done, Service
-    from .sounds import Ears
 
 
 def add_ask_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,23 +73,14 @@ def add_ask_arguments(parser: argparse.ArgumentParser) -> None:
 def run_ask(args: argparse.Namespace) -> int:
     """Answer and return the exit status: 0 also for an answer cut at --max-tokens."""
     from .bundle import open_bundle
-    from .chat import load_template
-    from .service import Service
-    from .sounds import open_ears
-    from .tokenizer import load_tokenizer
 
-    request = _request(args)
+    messages, tools = _messages(args)
     start = time.perf_counter()
     bundle = open_bundle(args.bundle)
-    tokenizer, template = load_tokenizer(bundle), load_template(bundle)
-
-    def load(ready: Bundle) -> tuple[Engine | GenaiEngine, Ears | None]:
-        engine = open_engine(ready, args, tokenizer, reuse=False, hears=bool(args.audio))
-        return engine, open_ears(ready, threads=args.threads) if args.audio else None
-
-    engine, ears = load_prepared(bundle, args, load)
+    engine, service = load_prepared(bundle, args, lambda ready: _load(ready, args))
     load_s = time.perf_counter() - start
-    with Service(engine, tokenizer, template, model_name=bundle.name, ears=ears) as service:
+    request = _request(args, messages, tools)
+    with service:
         done = _print_answer(service, request)
     engine.close()
     if args.stats:
@@ -97,11 +88,29 @@ def run_ask(args: argparse.Namespace) -> int:
     return 0
 
 
-def _request(args: argparse.Namespace) -> ChatRequest:
+def _load(bundle: Bundle, args: argparse.Namespace) -> tuple[Engine | GenaiEngine, Service]:
+    """The engine loads in a thread; what else is needed is imported and loaded in the meantime."""
+    from .tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(bundle)
+    with ThreadPoolExecutor(1) as pool:
+        opening = pool.submit(open_engine, bundle, args, tokenizer, reuse=False, hears=bool(args.audio))
+        from .chat import load_template
+        from .service import Service
+        from .sounds import open_ears
+
+        template = load_template(bundle)
+        ears = open_ears(bundle, threads=args.threads) if args.audio else None
+        engine = opening.result()
+    return engine, Service(engine, tokenizer, template, model_name=bundle.name, ears=ears)
+
+
+def _request(
+    args: argparse.Namespace, messages: list[dict[str, Any]], tools: list[dict[str, Any]]
+) -> ChatRequest:
     from .sampler import SamplingParams
     from .service import ChatRequest
 
-    messages, tools = _messages(args)
     return ChatRequest(
         messages,
         tools,

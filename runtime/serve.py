@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -242,8 +243,12 @@ def run_serve(args: argparse.Namespace) -> int:
         from .sounds import open_ears
         from .tokenizer import load_tokenizer
 
-        tokenizer, template = load_tokenizer(ready), load_template(ready)
-        engine = open_engine(ready, args, tokenizer, hears=not args.no_audio)
+        tokenizer = load_tokenizer(ready)
+        with ThreadPoolExecutor(1) as pool:  # ONNX Runtime packs weights on one CPU: the engine's here
+            opening = pool.submit(open_engine, ready, args, tokenizer, hears=not args.no_audio)
+            template = load_template(ready)
+            ears = None if args.no_audio else open_ears(ready, threads=args.threads)
+            engine = opening.result()
         for file in args.pin:
             pin(engine, tokenizer, template, file)
         return Service(
@@ -253,7 +258,7 @@ def run_serve(args: argparse.Namespace) -> int:
             model_name=ready.name,
             queue_size=args.queue_size,
             max_answer_tokens=args.max_tokens,
-            ears=None if args.no_audio else open_ears(ready, threads=args.threads),
+            ears=ears,
         )
 
     with Daemon(settings) as daemon:
