@@ -50,6 +50,9 @@ class Saying:
         logits.argmax()  # takes the time of a greedy pick
         return next(self._tokens)
 
+    def pick_from(self, session: Any) -> int:
+        return self.pick(session.logits)
+
 
 def answer(engine: Engine, prompt: list[int], params: SamplingParams) -> tuple[list[int], GenerationStats]:
     tokens = list(engine.generate(prompt, params, max_new_tokens=300))

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .bundle import Bundle, Manifest
+from .drafter import open_drafter
 from .drafts import MOST_DRAFT, Drafts, Guesser
 from .errors import RequestError
 from .prefix import Reuse, ReuseSettings, open_reuse
@@ -46,6 +47,7 @@ class Engine:
         threads: int | None = None,
         reuse: ReuseSettings | None = None,
         speculate: int = 0,
+        drafter: bool = True,
     ) -> None:
         """Load the bundle.
 
@@ -53,6 +55,7 @@ class Engine:
         reuse: what is kept of earlier prompts; by default every prompt is run whole.
         speculate: the most guesses at tokens that a step runs. Fewer if the bundle's sliding caches have less
         slack, none if they have none; and only as many as have paid off.
+        drafter: whether the bundle's drafter, if it has one, guesses too.
         """
         self.context = bundle.manifest.caches.context  # tokens, prompt and answer together
         self.eos = frozenset(bundle.manifest.tokens.eos)
@@ -65,6 +68,7 @@ class Engine:
         guesses = min(speculate, MOST_DRAFT, longest_draft(bundle.manifest))
         self._session = open_session(bundle, threads=threads, longest_draft=guesses)
         self._drafts = Drafts(guesses) if guesses else None
+        self._drafter = open_drafter(bundle, self._session) if guesses and drafter else None
         self._reuse = open_reuse(bundle, self._session.caches, reuse) if reuse is not None else None
         self._generation = 0
 
@@ -222,7 +226,12 @@ class Engine:
         before = time.perf_counter()
         token, draft = last[-1], list[int]()
         if guesser is not None:  # what is guessed can be taken back
-            draft = guesser.guess(last, min(most, self._session.caches.ahead(position + 1)))
+            most = min(most, self._session.caches.ahead(position + 1))
+            if self._drafter is None:
+                draft = guesser.guess(last, most)
+            else:
+                states = self._drafter.session.states_after(len(last) - 1)
+                draft = guesser.guess(last, most, self._drafter.guesses(token, position, states))
         if self._reuse is not None:
             self._reuse.running()
         self._session.step(token, position, draft)

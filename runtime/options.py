@@ -48,6 +48,11 @@ def add_engine_arguments(parser: argparse._ActionsContainer) -> None:
         f"(default: auto, which is {AUTO_DRAFT})",
     )
     parser.add_argument(
+        "--no-drafter",
+        action="store_true",
+        help="leave the bundle's drafter out of memory: look guesses up only",
+    )
+    parser.add_argument(
         "--prefix-cache",
         metavar="MIB",
         type=_mib,
@@ -81,6 +86,7 @@ def open_engine(
         threads=args.threads,
         reuse=settings if reuse or args.prefix_dir is not None else None,
         speculate=AUTO_DRAFT if args.speculate is None else args.speculate,
+        drafter=not args.no_drafter,
     )
 
 

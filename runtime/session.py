@@ -28,6 +28,7 @@ from .sampler import Picks
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _KEEP = "logits_to_keep"
+_HIDDEN = "hidden_states"
 # Fewer rows of a prompt are run on the decoder graph, whose weights have fewer bytes.
 LEAST_PROMPT_ROWS = 8
 
@@ -69,6 +70,10 @@ class Session:
         logits = next(value for value in self.decoder.get_outputs() if value.name == "logits")
         self._logits = np.zeros((1, kept, geometry.vocab_size), _TYPES[logits.type])
 
+        # (1, kept, hidden), what the logits are made of; for a drafter, else not there
+        drafts = any(value.name == _HIDDEN for value in self.decoder.get_outputs())
+        self._hidden = np.zeros((1, kept, geometry.hidden_size), np.float32) if drafts else None
+
         self._steps: dict[int, tuple[ort.IOBinding, ort.IOBinding]] = {}  # by rows, made when first needed
         self._chunk_rows = chunk
         self._embed_chunk = self._bind_embeddings(chunk)
@@ -90,6 +95,11 @@ class Session:
     def logits_after(self, guesses: int) -> npt.NDArray[np.floating]:
         """Logits after so many guesses of the last step, (vocab,): a view as `logits`."""
         return self._logits[0, guesses]
+
+    def states_after(self, guesses: int) -> npt.NDArray[np.float32]:
+        """The hidden states behind `logits_after(guesses)`, (hidden,): a view. For bundles with a drafter."""
+        assert self._hidden is not None
+        return self._hidden[0, guesses]
 
     def prefill(
         self, ids: npt.NDArray[np.int64], position: int, *, last: bool, heard: Heard | None = None
@@ -176,6 +186,9 @@ class Session:
             binding.bind_output("logits", "cpu", 0, self._logits.dtype, shape, self._logits.ctypes.data)
         else:
             binding.bind_output("logits", "cpu")  # (1, 0, vocab): nothing to keep
+        if self._hidden is not None and keep:
+            shape = (1, keep, self._hidden.shape[2])
+            binding.bind_output(_HIDDEN, "cpu", 0, np.float32, shape, self._hidden.ctypes.data)
         return binding
 
     def _bind_prompt(self, rows: int, first: int) -> ort.IOBinding:

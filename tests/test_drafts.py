@@ -149,6 +149,9 @@ class Saying:
     def pick(self, logits: np.ndarray) -> int:
         return next(self._tokens)
 
+    def pick_from(self, session: Session) -> int:
+        return next(self._tokens)
+
 
 def say(engine: Engine, monkeypatch: pytest.MonkeyPatch, prompt: list[int], tokens: list[int]) -> int:
     """Have the engine answer with `tokens`; how many guesses were right."""
