@@ -4,7 +4,9 @@
     q, W^T --> MatMulIntegerToFloat --> times largest / 127
 
 uint8 with zero point 128 against int8 is the pair that ONNX Runtime's integer units are fast with; signed
-activations are not. A row that several products read is rounded once.
+activations are not. A row that several products read is rounded once. The MLP's up projection is the widest
+and is not multiplied with its rows' scales: the rows' levels after it are the same without, and what the down
+projection gives is multiplied with them instead.
 """
 
 from __future__ import annotations
@@ -17,11 +19,12 @@ import onnx_ir as ir
 from .attach import MICROSOFT, attach
 from .checkpoint import Checkpoint
 from .modules.ops import PLACEHOLDER_DOMAIN
-from .plan import HEAD
+from .plan import HEAD, UP
 from .recipes import Recipe
 from .store import DataFile, StoredChannels
 from .trace import Traced
 
+DOWN = ".mlp.down_proj.weight"
 ACTIVATION_LEVELS = 127
 TINY = 1e-30  # of a row of zeros: anything that does not overflow as 127 / TINY
 
@@ -39,13 +42,23 @@ def attach_prefill(
     graph = traced.graph.graph
     shared = _declare(graph)
     rounded: dict[ir.Value, Rounded] = {}
+    left_out: dict[str, ir.Value] = {}  # by the name of the weight whose product makes up for it
     for node in list(graph):
         if node.domain == PLACEHOLDER_DOMAIN:
             x, weight = node.inputs
             assert x is not None and weight is not None and weight.name is not None
             if x not in rounded:
                 rounded[x] = _round(graph, node, x, shared)
-            _multiply(graph, node, rounded[x], stored[weight.name], shared)
+            levels, scale = rounded[x]
+            product = _multiply(graph, node, levels, stored[weight.name], shared)
+            if weight.name.endswith(UP):
+                left_out[weight.name.removesuffix(UP) + DOWN] = scale
+            else:
+                if weight.name in left_out:
+                    scale = _times(graph, node, scale, left_out[weight.name], "scale")
+                product = _times(graph, node, product, scale, "scaled")
+            node.outputs[0].replace_all_uses_with(product, replace_graph_outputs=True)
+            graph.remove(node, safe=True)
     return attach(traced, {}, checkpoint, constants, head=HEAD, recipe=recipe)
 
 
@@ -79,29 +92,34 @@ def _round(graph: ir.Graph, before: ir.Node, x: ir.Value, shared: Mapping[str, i
 
 
 def _multiply(
-    graph: ir.Graph, node: ir.Node, x: Rounded, entry: StoredChannels, shared: Mapping[str, ir.Value]
-) -> None:
+    graph: ir.Graph,
+    before: ir.Node,
+    levels: ir.Value,
+    entry: StoredChannels,
+    shared: Mapping[str, ir.Value],
+) -> ir.Value:
+    """levels (1, S, width), already without their zero point in the result (1, S, outputs) float32."""
     outputs, width = entry.planned.shape
     name, file = entry.planned.name, entry.file
-    levels = file.tensor(f"{name}.levels", entry.data_offset, ir.DataType.INT8, (width, outputs))
+    weight = file.tensor(f"{name}.levels", entry.data_offset, ir.DataType.INT8, (width, outputs))
     scales = file.tensor(f"{name}.channel_scales", entry.scale_offset, ir.DataType.FLOAT, (outputs,))
-    product = ir.node(
-        "MatMulIntegerToFloat",
-        [
-            x[0],
-            _initializer(graph, levels),
-            shared["one"],
-            _initializer(graph, scales),
-            shared["zero_point"],
-            shared["weight_zero_point"],
-        ],
-        domain=MICROSOFT,
-    )
-    result = ir.node("Mul", [product.outputs[0], x[1]])
-    _insert(graph, node, [product, result], "product")
-    old, new = node.outputs[0], result.outputs[0]
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
+    inputs = [
+        levels,
+        _initializer(graph, weight),
+        shared["one"],
+        _initializer(graph, scales),
+        shared["zero_point"],
+        shared["weight_zero_point"],
+    ]
+    product = ir.node("MatMulIntegerToFloat", inputs, domain=MICROSOFT)
+    _insert(graph, before, [product], "product")
+    return product.outputs[0]
+
+
+def _times(graph: ir.Graph, before: ir.Node, x: ir.Value, y: ir.Value, what: str) -> ir.Value:
+    node = ir.node("Mul", [x, y])
+    _insert(graph, before, [node], what)
+    return node.outputs[0]
 
 
 def _insert(graph: ir.Graph, before: ir.Node, nodes: list[ir.Node], what: str) -> None:

@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -81,7 +82,10 @@ def verify(
     checks += [run.layer_check(), *_distribution(run.divergence, limits), _by_text(run.divergence, texts)]
     with clock.of("engine"):
         progress("engine")
-        checks.append(_engine(bundle, texts, run, limits, threads))
+        shared = replace(bundle, manifest=msgspec.structs.replace(bundle.manifest, prefill=None))
+        checks.append(_engine("engine", shared, texts, run, limits.engine, threads))
+        if bundle.manifest.prefill is not None:
+            checks.append(_engine("prefill graph", bundle, texts, run, limits.prefill, threads))
     return Verification(
         bundle=str(bundle.path),
         model=model,
@@ -316,10 +320,12 @@ def _by_text(divergence: Divergence, texts: Sequence[Text]) -> Check:
     )
 
 
-def _engine(bundle: Bundle, texts: Sequence[Text], run: _Run, limits: Limits, threads: int | None) -> Check:
+def _engine(
+    name: str, bundle: Bundle, texts: Sequence[Text], run: _Run, bound: float, threads: int | None
+) -> Check:
     """The runtime's own session, prompt in chunks and then token by token, against the graphs run above."""
     if bundle.manifest.runtime.execution_provider != "cpu":
-        return Check("engine", "not run: the bundle is for CUDA", "", None)
+        return Check(name, "not run: the bundle is for CUDA", "", None)
     number = max(range(len(texts)), key=lambda index: len(texts[index].ids))
     ids, kept = np.array(texts[number].ids, np.int64), run.last_logits[number]
     session = Session(bundle, threads=threads)
@@ -336,10 +342,10 @@ def _engine(bundle: Bundle, texts: Sequence[Text], run: _Run, limits: Limits, th
         )
     error = _relative(sums)
     return Check(
-        "engine",
+        name,
         f"{first} tokens in chunks, {len(ids) - first} one by one: logits within {error:.2g}",
-        f"{limits.engine:g}",
-        error <= limits.engine,
+        f"{bound:g}",
+        error <= bound,
         {"relative_error": error},
     )
 

@@ -17,11 +17,13 @@ import onnx_ir as ir
 
 from ...runtime.bundle import Bundle
 from ...runtime.errors import BundleError, GemmaEdgeError
-from ..quantize import TINY_SCALE, unpack
+from ..quantize import CHANNEL_LEVELS, TINY_SCALE, unpack
+from .limits import PREFILL_BITS
 from .tensors import SourceWeights
 
 LEVEL_SLACK = 1e-3  # of a level: how far from half way a weight may be rounded to the farther side
-SUFFIXES = (".blocks", ".rows", ".scales")
+SUFFIXES = (".blocks", ".rows", ".levels", ".channel_scales", ".scales")
+PREFILL_PRODUCT = "MatMulIntegerToFloat"
 THREADS = 2
 
 
@@ -51,26 +53,33 @@ class _Stored:
     block: int  # 0 for float
     data: ir.Value
     scales: ir.Value | None
+    is_prefill: bool = False  # int8 (width, rows), one scale a row
+
+    @property
+    def key(self) -> str:
+        return f"{self.name} of prefill" if self.is_prefill else self.name
 
 
 def check_weights(
     bundle: Bundle, source: SourceWeights, progress: Callable[[str], None] = lambda _: None
 ) -> list[WeightCheck]:
     """All tensors that bundle and checkpoint both have, tables first. Raises UnknownStorage."""
+    prefill = bundle.manifest.prefill
     claims = {entry.tensor: entry for entry in bundle.manifest.quantization}
+    claims |= {f"{entry.tensor} of prefill": entry for entry in (prefill.quantization if prefill else ())}
     checks: dict[str, WeightCheck] = {}
     with ThreadPoolExecutor(THREADS) as pool:
         for name in sorted(bundle.manifest.files, key=lambda name: name != bundle.embeddings.name):
             if not name.endswith(".onnx"):
                 continue
             for stored in _stored(ir.load(bundle.path / name)):
-                if stored.name in checks or not _is_comparable(stored, source):
+                if stored.key in checks or not _is_comparable(stored, source):
                     continue
-                progress(stored.name)
-                claim = claims.get(stored.name)
+                progress(stored.key)
+                claim = claims.get(stored.key)
                 error, misplaced = _compare(stored, source, pool)
                 claimed = None if claim is None else claim.relative_error
-                checks[stored.name] = WeightCheck(stored.name, stored.bits, error, claimed, misplaced)
+                checks[stored.key] = WeightCheck(stored.key, stored.bits, error, claimed, misplaced)
     if missing := sorted(claims.keys() - checks.keys()):
         raise UnknownStorage(
             f"{bundle.path}: the manifest lists {missing[0]} as quantized, but graphs and checkpoint do not "
@@ -83,6 +92,11 @@ def _stored(model: ir.Model) -> Iterator[_Stored]:
     """Quantized matrices by the operators that read them, then the float tensors."""
     quantized: set[str] = set()
     for node in model.graph:
+        if node.op_type == PREFILL_PRODUCT:
+            levels, channels = node.inputs[1], node.inputs[3]
+            assert levels is not None and channels is not None and levels.name and channels.name
+            quantized |= {levels.name, channels.name}
+            yield _Stored(_canonical(levels.name), PREFILL_BITS, 0, levels, channels, is_prefill=True)
         if node.op_type not in ("MatMulNBits", "GatherBlockQuantized"):
             continue
         data, scales = (
@@ -113,7 +127,7 @@ def _is_comparable(stored: _Stored, source: SourceWeights) -> bool:
     shape, data = source.shape(stored.name), stored.data.const_value
     if shape is None or data is None:
         return False
-    return bool(stored.block) or math.prod(shape) == data.size
+    return stored.is_prefill or bool(stored.block) or math.prod(shape) == data.size
 
 
 def _canonical(name: str) -> str:
@@ -141,6 +155,9 @@ Sums = tuple[float, float, int]  # squared error, squared norm, misplaced
 def _tasks(stored: _Stored, source: SourceWeights) -> Iterator[Callable[[], Sums]]:
     shape = source.shape(stored.name)
     assert shape is not None
+    if stored.is_prefill:
+        yield from _prefill_tasks(stored, source)
+        return
     if len(shape) != 2:
         yield _bound(_compare_float, source.read(stored.name), _Bytes(stored.data, 1).read(0, 1))
         return
@@ -156,6 +173,23 @@ def _tasks(stored: _Stored, source: SourceWeights) -> Iterator[Callable[[], Sums
                 _compare_blocks, rows, data.read(*part), scales.read(*part), stored.bits, stored.block
             )
         first += len(rows)
+
+
+def _prefill_tasks(stored: _Stored, source: SourceWeights) -> Iterator[Callable[[], Sums]]:
+    """The stored matrix is the transposed one, maybe of the first rows only."""
+    levels, scales = stored.data.const_value, stored.scales.const_value if stored.scales else None
+    assert isinstance(levels, ir.ExternalTensor) and scales is not None
+    width, outputs = levels.shape.numpy()
+    columns = np.memmap(levels.path, np.int8, "r", levels.offset or 0, (int(width), int(outputs)))
+    factors = scales.numpy()
+    first = 0
+    for rows in source.rows(stored.name):
+        count = min(len(rows), int(outputs) - first)
+        if count <= 0:
+            return
+        part = slice(first, first + count)
+        yield _bound(_compare_channels, rows[:count], columns[:, part].T, factors[part])
+        first += count
 
 
 class _Bytes:
@@ -209,6 +243,17 @@ def _compare_blocks(
     np.subtract(exact, levels, out=exact)
     misplaced = int(np.count_nonzero(np.abs(exact, out=exact) > 0.5 + LEVEL_SLACK))
     return error, norm, misplaced
+
+
+def _compare_channels(wanted: np.ndarray, levels: np.ndarray, scales: np.ndarray) -> Sums:
+    """wanted (rows, width) float32 against levels (rows, width) int8 and scales (rows,)."""
+    found = levels.astype(np.float32)
+    error = float(np.square(wanted - found * scales[:, None], dtype=np.float64).sum())
+    norm = float(np.square(wanted, dtype=np.float64).sum())
+    used = (np.abs(scales) > TINY_SCALE)[:, None]
+    exact = np.divide(wanted, scales[:, None], out=found.copy(), where=np.broadcast_to(used, found.shape))
+    np.clip(exact, -CHANNEL_LEVELS, CHANNEL_LEVELS, out=exact)
+    return error, norm, int(np.count_nonzero(np.abs(exact - found) > 0.5 + LEVEL_SLACK))
 
 
 def _in_order(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], Sums]]) -> Iterator[Sums]:
