@@ -92,7 +92,7 @@ class Machine:
         return kept | own
 
     def run(
-        self, site: Sequence[Path], *arguments: str, timeout_s: float = 600
+        self, site: Sequence[Path], *arguments: str, timeout_s: float = 1800
     ) -> subprocess.CompletedProcess[str]:
         """Run to the end; output as text, status unchecked."""
         return subprocess.run(

@@ -21,6 +21,13 @@ from pathlib import Path
 
 from . import arm64
 
+# What is used of packages whose own module imports nothing.
+MODULES = {
+    "paho_mqtt": "paho.mqtt.client",
+    "protobuf": "google.protobuf",
+    "starlette": "starlette.applications",
+}
+
 
 @dataclass(frozen=True)
 class Package:
@@ -43,9 +50,7 @@ def measure_packages(python: str) -> list[Package]:
     with tempfile.TemporaryDirectory() as scratch:
         wheel = arm64.build_wheel(Path(scratch))
         folder = arm64.needs(wheel, python)
-        asked = {
-            _plain(re.split(r"[^\w.-]", line)[0]): _extra(line) for line in arm64.requirements(wheel)[::-1]
-        }
+        asked = _asked(arm64.requirements(wheel))
         bare, _ = _resident_after(machine, folder / "site", "")
         assert bare is not None
         found = []
@@ -74,13 +79,18 @@ def _mib(package: Package) -> str:
     return "–" if package.import_bytes is None else f"{package.import_bytes / 2**20:.1f}"
 
 
+def _asked(requirements: Sequence[str]) -> dict[str, str]:
+    """Package -> the device's extra that asks for it, "" if all installations have it."""
+    asked = {}
+    for line in requirements:
+        extra = re.search(r"""extra == ['"]([^'"]+)""", line)
+        if extra is None or extra[1] in arm64.EXTRAS.split(","):
+            asked[_plain(re.split(r"[^\w.-]", line)[0])] = extra[1] if extra else ""
+    return asked
+
+
 def _plain(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def _extra(requirement: str) -> str:
-    match = re.search(r"""extra == ['"]([^'"]+)""", requirement)
-    return match[1] if match else ""
 
 
 def _contents(wheel: Path) -> tuple[str, int]:
@@ -91,7 +101,7 @@ def _contents(wheel: Path) -> tuple[str, int]:
     tops = {name.split("/")[0].removesuffix(".py") for name in names}
     tops = {top for top in tops if top.isidentifier() and not top.startswith(("_", "test"))}
     name = _plain(wheel.name.split("-")[0]).replace("-", "_")
-    module = name if name in tops or not tops else min(tops)
+    module = MODULES.get(name) or (name if name in tops or not tops else min(tops))
     return module, sum(info.file_size for info in files)
 
 
@@ -115,6 +125,12 @@ def _resident_after(machine: arm64.Machine, site: Path, module: str) -> tuple[in
     return used.anonymous_bytes + used.file_bytes, ""
 
 
+def _short(tag: str) -> str:
+    """Of several platforms the newest."""
+    python, abi, platforms = tag.split("-")
+    return f"{python}-{abi}-{platforms.split('.')[-1]}"
+
+
 def table(packages: Sequence[Package]) -> str:
     """In Markdown."""
     lines = [
@@ -126,7 +142,7 @@ def table(packages: Sequence[Package]) -> str:
             package.name,
             package.version,
             package.extra,
-            f"`{package.tag.split('.')[0]}`",
+            f"`{_short(package.tag)}`",
             f"{package.wheel_bytes / 1e6:.2f}",
             f"{package.installed_bytes / 1e6:.1f}",
             _mib(package),

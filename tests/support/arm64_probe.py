@@ -11,20 +11,20 @@ import dataclasses
 import json
 import platform
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
-from gemma_edge.runtime.audio.encoder import AudioEncoder
 from gemma_edge.runtime.bundle import open_bundle
 from gemma_edge.runtime.engine import Engine
 from gemma_edge.runtime.prompt import Part, Soft
+from gemma_edge.runtime.sounds import open_ears
 from gemma_edge.runtime.tokenizer import load_tokenizer
 
 Arrays = dict[str, np.ndarray]
-RATE = 16_000
 
 
 def main(plan: dict, out: Path) -> None:
@@ -66,17 +66,18 @@ def run_text(bundle: str, prompts: Sequence[str], new_tokens: int, prepared: str
     return found
 
 
-def run_sound(bundle: str, sound: str, new_tokens: int) -> Arrays:
-    """A clip's soft tokens, and the greedy answer to a prompt that holds them."""
+def run_sound(bundle: str, prompt: str, sound: str, new_tokens: int) -> Arrays:
+    """A file's soft tokens, and the greedy answer to a chat prompt with that sound in it."""
     opened = open_bundle(Path(bundle))
-    audio = opened.manifest.audio
-    assert audio is not None
-    soft = AudioEncoder(opened).encode(np.load(sound), RATE)  # (tokens, hidden)
-    parts: list[Part] = [[2, 40, 41, audio.tokens.begin], Soft(soft), [audio.tokens.end, 50, 51]]
+    ears = open_ears(opened)
+    assert ears is not None
+    ids = load_tokenizer(opened).encode(prompt)
+    parts = list(ears.parts(ids, [Path(sound).read_bytes()], threading.Event()))
+    soft = np.concatenate([part.rows for part in parts if isinstance(part, Soft)])  # (tokens, hidden)
     return {"soft": soft} | _answer(Engine(opened), parts, new_tokens, "")
 
 
-def _answer(engine: Engine, parts: list[Part], new_tokens: int, name: str) -> Arrays:
+def _answer(engine: Engine, parts: Sequence[Part], new_tokens: int, name: str) -> Arrays:
     """The ids, and the logits that each was picked from: (tokens,) and (tokens, vocab)."""
     picked = list(_ids_and_logits(engine, parts, new_tokens))
     return {
@@ -85,7 +86,7 @@ def _answer(engine: Engine, parts: list[Part], new_tokens: int, name: str) -> Ar
     }
 
 
-def _ids_and_logits(engine: Engine, parts: list[Part], most: int) -> Iterator[tuple[int, np.ndarray]]:
+def _ids_and_logits(engine: Engine, parts: Sequence[Part], most: int) -> Iterator[tuple[int, np.ndarray]]:
     for token in engine.generate_from(parts, max_new_tokens=most):
         yield token, engine._session.logits.copy()  # of the run before: the next has not begun
 

@@ -76,10 +76,16 @@ class UnixConnection(http.client.HTTPConnection):
 
 
 def request(
-    path: Path, method: str, target: str, body: Any = None, headers: dict[str, str] | None = None
+    path: Path,
+    method: str,
+    target: str,
+    body: Any = None,
+    headers: dict[str, str] | None = None,
+    *,
+    timeout_s: float = 60.0,
 ) -> tuple[int, dict[str, str], Any]:
     """Status, headers and decoded body of one HTTP request on the socket at `path`."""
-    connection = UnixConnection(path)
+    connection = UnixConnection(path, timeout_s)
     raw = body if isinstance(body, bytes | None) else json.dumps(body).encode()
     connection.request(method, target, raw, headers or {})
     response = connection.getresponse()
@@ -92,9 +98,9 @@ def chat(path: Path, content: str, **more: Any) -> tuple[int, dict[str, str], An
     return request(path, "POST", "/v1/chat/completions", {"messages": user(content), **more})
 
 
-def stream(path: Path, body: dict[str, Any]) -> list[str]:
+def stream(path: Path, body: dict[str, Any], *, timeout_s: float = 60.0) -> list[str]:
     """The `data:` of each server-sent event."""
-    connection = UnixConnection(path)
+    connection = UnixConnection(path, timeout_s)
     connection.request("POST", "/v1/chat/completions", json.dumps(body | {"stream": True}))
     response = connection.getresponse()
     assert response.status == 200 and response.headers["content-type"].startswith("text/event-stream")
