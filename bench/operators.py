@@ -19,6 +19,7 @@ from typing import Any
 import onnx
 import onnxruntime as ort
 
+from gemma_edge.runtime import huge_pages
 from gemma_edge.runtime.bundle import Bundle, Caches
 from gemma_edge.runtime.session import Session, session_options
 
@@ -62,6 +63,8 @@ def profile_steps(session: Session, bundle: Bundle, depth: int, steps: int) -> l
     with tempfile.TemporaryDirectory() as folder:
         plain, bindings = session.decoder, session._steps
         session.decoder, session._steps = profiled_decoder(bundle, session.threads, folder), {}
+        if moving := huge_pages.start(bundle.manifest.memory.weights_bytes):  # as for the plain session
+            moving.join()
         try:
             for step in range(WARM_UP + steps):
                 session.step(7 + step, depth + step)

@@ -5,7 +5,7 @@
 
 BUNDLE is ours: any weights will do, speed does not depend on them, e.g.
 
-    python -m gemma_edge.export.synthetic --model e2b --out DIR/checkpoint
+    python -m gemma_edge.export.synthetic --model e2b DIR/checkpoint
     gemma-edge export --model DIR/checkpoint --device x86-64-generic --recipe int4 --context 4096 --out
     DIR/e2b-int4
 
