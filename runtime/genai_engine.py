@@ -253,6 +253,7 @@ def _overlay(bundle: Bundle, threads: int, *, hears: bool) -> dict[str, Any]:
         "inter_op_num_threads": 1,
         "enable_mem_pattern": False,
         "session.intra_op.spin_duration_us": "50",
+        "session.set_denormal_as_zero": "1",
         "provider_options": PROVIDERS[bundle.manifest.runtime.execution_provider],
     }
     return overlay

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .drafts import MOST_DRAFT
 from .errors import ConfigError
+from .start import OFF
 
 if TYPE_CHECKING:
     from .bundle import Bundle
@@ -97,11 +98,14 @@ def _open_genai(bundle: Bundle, args: argparse.Namespace, hears: bool) -> GenaiE
         "--prefix-cache": args.prefix_cache,
         "--prefix-dir": args.prefix_dir,
         "--pin": getattr(args, "pin", None),
+        "--prepare": args.prepare if args.prepare != OFF else None,
+        "--prepared": args.prepared,
+        "--residency": args.residency,
     }
     if refused := [option for option, value in asked.items() if value]:
         raise ConfigError(
-            f"--engine genai: has no prefix cache and makes no guesses; leave out {', '.join(refused)}, "
-            "or take --engine builtin"
+            "--engine genai: has no prefix cache, no packed weights and makes no guesses; leave out "
+            f"{', '.join(refused)}, or take --engine builtin"
         )
     from .genai_engine import GenaiEngine
 

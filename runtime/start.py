@@ -78,6 +78,8 @@ def load_prepared(bundle: Bundle, args: argparse.Namespace, load: Callable[[Bund
 
     They are made first if need be. Without them, for whatever reason, the bundle's own weights are loaded.
     """
+    if getattr(args, "engine", None) == "genai":  # it reads the bundle's own
+        return load(bundle)
     ready = _prepared_bundle(bundle, args)
     if ready.prepared is None:
         if args.residency not in (None, "map"):

@@ -324,6 +324,7 @@ def test_ask_says_the_same(tiny: TinyBundle, tmp_path: Path, capsys: pytest.Capt
         ("--speculate 4", "--speculate"),
         ("--speculate auto --prefix-cache 8", "--speculate, --prefix-cache"),
         ("--prefix-dir /tmp/x", "--prefix-dir"),
+        ("--prepare first-start --residency lock", "--prepare, --residency"),
     ],
 )
 def test_what_it_cannot_do_is_refused(

@@ -1,7 +1,7 @@
 """Tiny random drafters for tiny targets, in transformers and as checkpoints.
 
-transformers 5.23.0 cannot build one as it is: its text config wants a layer that owns a cache before it allows
-shared ones, and a drafter has none. That check alone is passed by here.
+transformers 5.23.0 cannot build one as it is: its text config wants a layer that owns a cache before it
+allows shared ones, and a drafter has none. That check alone is passed by here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CENTROIDS: dict[str, Any] = dict(use_ordered_embeddings=True, num_centroids=32, 
 
 
 def drafter_config(target: Gemma4TextConfig | None = None, **overrides: Any) -> Gemma4AssistantConfig:
-    """Four layers, as wide as two heads. `overrides`: fields of Gemma4AssistantConfig; `text`: of its text_config."""
+    """Four layers, as wide as two heads. overrides: fields; those of the text_config in `text`."""
     target = target or tiny_config()
     text: dict[str, Any] = dict(
         vocab_size=target.vocab_size,
@@ -66,12 +66,12 @@ def random_drafter(config: Gemma4AssistantConfig, seed: int) -> Gemma4AssistantF
     return drafter
 
 
-def write_tiny_drafter(folder: Path, *, seed: int = 0, tied: bool = True, **overrides: Any) -> Path:
+def write_tiny_drafter(folder: Path, *, seed: int = 0, **overrides: Any) -> Path:
     """Write config and weights to `folder` as transformers names them, and return it."""
     folder.mkdir(parents=True, exist_ok=True)
-    drafter = random_drafter(drafter_config(**overrides, tie_word_embeddings=tied), seed)
+    drafter = random_drafter(drafter_config(**overrides), seed)
     weights = {name: tensor.contiguous().clone() for name, tensor in drafter.state_dict().items()}
-    if tied:
+    if drafter.config.tie_word_embeddings:
         del weights["lm_head.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(drafter.config.to_dict(), default=str))
