@@ -102,3 +102,13 @@ def test_the_largest_weight_takes_the_extra_level_on_either_side():
         result = quantize_rows(block, bits=4, block=32, method="search")
         assert result.squared_error < 1e-12
         assert np.sign(result.scales[0, 0]) == -np.sign(extreme)
+
+
+@pytest.mark.parametrize("method", ["search", "nearest"])
+def test_4_bit_scales_are_ones_that_bfloat16_holds(method: str):
+    """The ARM kernel cuts the others; here they would differ by 0.3 % on average, now by nothing."""
+    rows = np.random.default_rng(0).standard_normal((64, 512)).astype(np.float32)
+    for bits in (2, 4, 8):
+        scales = quantize_rows(rows, bits=bits, block=64, method=method).scales
+        cut = (scales.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+        assert np.array_equal(cut, scales) == (bits == 4)
