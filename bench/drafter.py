@@ -44,7 +44,7 @@ TOKENS = 4000  # played for each rate
 
 @dataclass(frozen=True)
 class WithDrafter(Bundle):
-    folder: Path
+    folder: Path = Path()
 
     @property
     def drafter(self) -> Path:

@@ -77,8 +77,12 @@ def prepare_drafter(
     checkpoint = open_checkpoint(source.folder)
     weights, small = plan_drafter(model, profile, recipe, DATA)
     shapes = {weight.name: weight.shape for weight in weights} | small
-    order = None if model.centroids is None else _read_order(checkpoint, model)
-    checkpoint.require(shapes)
+    order, integers = None, dict[str, str]()
+    if model.centroids is not None:
+        order = _read_order(checkpoint, model)
+        shapes[ORDER_NAME], integers[ORDER_NAME] = order.shape, checkpoint.entry(ORDER_NAME).dtype
+        order = order.reshape(model.centroids.count, -1)
+    checkpoint.require(shapes, integers)
     return PreparedDrafter(source, model, checkpoint, weights, small, order)
 
 
@@ -128,8 +132,7 @@ def _reports(stored: dict[str, StoredWeight]) -> list[Quantized]:
 
 
 def _read_order(checkpoint: Checkpoint, model: DrafterModel) -> np.ndarray:
-    """Which tokens are in which group. Raises CheckpointError if not each is in one."""
-    assert model.centroids is not None
+    """All tokens, group by group. Raises CheckpointError if not each is in one."""
     vocab = model.text.geometry.vocab_size
     entry: TensorEntry = checkpoint.entry(ORDER_NAME)
     if entry.shape != (vocab,) or entry.dtype not in INTEGERS:
@@ -143,4 +146,4 @@ def _read_order(checkpoint: Checkpoint, model: DrafterModel) -> np.ndarray:
             f"{entry.file}: {entry.original_name} does not name each of {vocab} tokens once; "
             "download it again"
         )
-    return order.reshape(model.centroids.count, -1)
+    return order

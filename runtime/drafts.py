@@ -22,6 +22,7 @@ NOTICED_MATCHES = (2, 3, 4, 6, 9, 16)  # matches of at least so many tokens are 
 COST_SHARE = 0.01  # of decoding time, at most, is lost to wrong guesses, by measured times; noise adds to it
 RECENT = 5  # passes of so many rows, whose median is what one takes: interrupted ones do not count
 FADING = 0.97  # of counts, with each guess
+SAVED_PASSES = 4  # credit for so many passes whose guesses are all wrong, with a drafter: it guesses always
 FIRST_SLOPE = 0.1  # of a step's time, for each row more, until it is measured
 PLAIN_EVERY = 64  # passes: how long one token takes has to be known
 DRAFTED = len(NOTICED_MATCHES)  # guesses of a drafter are counted apart, all of them …
@@ -166,7 +167,7 @@ class Pace:
 
     Time lost, compared with one token at a time, stays under COST_SHARE: a pass needs credit for the case
     that every guess is wrong. COST_SHARE of all time is credited, and what right guesses save, but never more
-    than one such pass.
+    than one such pass, or a few with a drafter.
     """
 
     def __init__(self, longest: int) -> None:
@@ -275,8 +276,8 @@ class Pace:
 
     @property
     def _tries_again(self) -> int:
-        """1 if all credit is at hand: things may have changed."""
-        return int(self._credit_s >= self._most_credit_s)
+        """1 if there is credit for a whole pass: things may have changed."""
+        return int(self._credit_s >= self._worst_s)
 
     @property
     def _drafting_s(self) -> float:
@@ -285,6 +286,11 @@ class Pace:
 
     @property
     def _most_credit_s(self) -> float:
+        return self._worst_s * (SAVED_PASSES if self._drafting else 1)
+
+    @property
+    def _worst_s(self) -> float:
+        """What a pass with most guesses loses if all are wrong."""
         drafting_s = self.longest * self._drafting_s if self._drafting else 0.0
         return self._estimate[-1] + drafting_s - self._seconds[1]
 
