@@ -17,6 +17,7 @@ TYPED ?=
 SPEAK ?=
 HOME_FILE ?=
 BROKER ?= demo
+PEERS ?=
 EXTRAS ?= cpu,http,audio
 # The values reach the shell through the environment, unexpanded, so that quotes and dollar signs in them are safe.
 override PROMPT := $(value PROMPT)
@@ -42,7 +43,8 @@ NANO_SOURCES := $(if $(filter nano,$(OWN_MODEL)),$(wildcard models/nano/*.* expo
 USED_BUNDLE := $(or $(BUNDLE),$(OWN_BUNDLE))
 # With a bundle at hand the runtime's few packages are enough: no torch on the device.
 NEEDS := $(if $(BUNDLE),$(if $(wildcard $(READY)),$(READY),$(READY_DEVICE)),$(OWN_BUNDLE)/manifest.json)
-export USED_BUNDLE OWN_BUNDLE OWN_MODEL
+override PEERS := $(value PEERS)
+export USED_BUNDLE OWN_BUNDLE OWN_MODEL PEERS
 
 # $(call run_export,MODEL,OUT,FORCE): MODEL and OUT are shell words; empty leaves the choice to the exporter.
 run_export = $(GEMMA_EDGE) export --device "$$DEVICE" $(if $(1),--model $(1)) $(if $(2),--out $(2)) \
@@ -74,6 +76,7 @@ help: ## this list
 	@echo "  SPEAK=HOW     how voice answers: auto, piper, espeak, off, or FILE.wav"
 	@echo "  HOME_FILE=F   tools and settings of voice (default: the example's); BROKER=URL (default: one of its own)"
 	@echo "  EXTRAS=LIST   what setup-device installs (default: cpu,http,audio; docs/install.md)"
+	@echo "  PEERS=FOLDER  bench: llama.cpp and LiteRT-LM too, built and kept in this folder"
 	@echo "  PYTHON=PATH   the Python of .venv (3.11 or later)"
 
 setup: $(READY) ## make .venv with the gemma-edge command and all that export and the tests need
@@ -112,6 +115,9 @@ test-arm64: $(READY) ## the wheel on emulated Raspberry Pis: aarch64 wheels, tex
 bench: $(if $(BUNDLE),$(READY),$(NEEDS)) ## speed of a bundle and of the daemon (BUNDLE= or DEVICE= MODEL= RECIPE= CONTEXT=)
 	@set -e; for script in $(BUNDLE_BENCHES); do \
 		echo "== $$script"; $(VENV_PYTHON) "$$script" "$$USED_BUNDLE"; done
+	@if [ -n "$$PEERS" ]; then echo "== bench/peers.py"; \
+		$(VENV_PYTHON) bench/peers.py "$$USED_BUNDLE" --work "$$PEERS"; \
+	else echo "beside llama.cpp and LiteRT-LM, with a bundle of E2B's size: make bench BUNDLE=DIR PEERS=FOLDER"; fi
 	@echo "full-size export, which needs 13 GB of disk: $(VENV_PYTHON) bench/export.py --model e2b"
 
 lint: $(READY) ## ruff and mypy
