@@ -231,6 +231,13 @@ def inner_type(profile: DeviceProfile) -> torch.dtype:
 def wants_prefill_graph(profile: DeviceProfile, recipe: Recipe) -> bool:
     """Whether prompts run on a graph of their own, on an int8 copy of the lower layers' weights."""
     wanted = profile.prefill_weights if recipe.prefill_weights == "device" else recipe.prefill_weights
+    if recipe.activation_scales:
+        if recipe.prefill_weights == "int8":
+            raise ConfigError(
+                f"recipe {recipe.name}: prefill_weights int8 rounds activations by its own scales, "
+                "activation_scales by the checkpoint's; take one of them"
+            )
+        return False
     if wanted == "int8" and profile.execution_provider != "cpu":
         raise ConfigError(
             f"recipe {recipe.name}: prefill_weights is int8, which is for the CPU; {profile.name} runs on "

@@ -34,6 +34,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if module is not None:
         module.trace_decoder = _once_per_shape(module.trace_decoder)
         module.trace_embeddings = _once_per_shape(module.trace_embeddings)
+        module.trace_prefill = _once_per_shape(module.trace_prefill)
         module.trace_audio = _once_per_shape(module.trace_audio)
 
 

@@ -11,16 +11,20 @@ import numpy as np
 import pytest
 import torch
 
+from gemma_edge.export.plan import wants_prefill_graph
 from gemma_edge.export.quantize import CHANNEL_LEVELS, quantize_channels
+from gemma_edge.export.recipes import Recipe, load_recipe
 from gemma_edge.runtime.bundle import Bundle
 from gemma_edge.runtime.engine import Engine
+from gemma_edge.runtime.errors import ConfigError
 from gemma_edge.runtime.prefix import ReuseSettings
+from gemma_edge.runtime.profile import load_profile
 from gemma_edge.runtime.prompt import Heard
 from gemma_edge.runtime.sampler import SamplingParams
 from gemma_edge.runtime.session import LEAST_PROMPT_ROWS, Session
 
 from .support.onnx_graphs import load_graph
-from .support.tiny_bundles import prepare_tiny
+from .support.tiny_bundles import prepare_tiny, tiny_profile
 from .support.tiny_checkpoint import write_tiny_checkpoint
 from .test_parity import SHAPES
 
@@ -28,6 +32,7 @@ PROMPT, CHUNK = 40, 16
 # Against transformers with the same rounding: float sums in another order now and then tip a value to the
 # next of 127 levels.
 SAME_ROUNDING = 0.02
+FAST = ("e2b", "last source sliding, slack", "values are keys", "one layer")
 # Against float products: activations of 8 bits a row and weights of 7 make an error of 1 % in the first
 # layer, and each layer of this random model doubles it. Below layer 5 it stays under 13 %.
 CACHE_ERROR = 0.2
@@ -57,7 +62,9 @@ def shared(bundle: Bundle) -> Bundle:
     return replace(bundle, manifest=msgspec.structs.replace(bundle.manifest, prefill=None))
 
 
-@pytest.mark.parametrize("name", list(SHAPES))
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in SHAPES]
+)
 def test_caches_are_those_of_transformers_with_the_same_rounding(name: str, tiny_bundle: Any):
     config, slack = SHAPES[name]
     tiny = tiny_bundle(model=dict(seed=7, **config), slack=slack, prefill="int8")
@@ -224,6 +231,18 @@ def test_a_recipe_may_refuse_it(tmp_path: Path):
     ):
         plan = prepare_tiny(checkpoint, tmp_path / "out", recipe=name, prefill_weights="int8").plan
         assert bool(plan.prefill) == expected, name
+
+
+def test_it_does_not_go_with_other_scales_or_a_gpu(tmp_path: Path):
+    scales = Recipe("mine", "t", load_recipe("int4").rules, activation_scales=True)
+    profile = tiny_profile(prefill_weights="int8")
+    assert not wants_prefill_graph(profile, scales)
+    with pytest.raises(ConfigError, match="take one of them"):
+        wants_prefill_graph(profile, replace(scales, prefill_weights="int8"))
+    with pytest.raises(ConfigError, match="take `shared`"):
+        wants_prefill_graph(
+            load_profile("jetson-orin-nano-8gb"), replace(load_recipe("int4"), prefill_weights="int8")
+        )
 
 
 def test_channels():
