@@ -13,7 +13,9 @@ BUNDLE ?=
 PROMPT ?=
 FORCE ?=
 WAV ?=
+SAY ?=
 TYPED ?=
+TRANSCRIPTS ?=
 SPEAK ?=
 HOME_FILE ?=
 BROKER ?= demo
@@ -24,10 +26,11 @@ override PROMPT := $(value PROMPT)
 override MODEL := $(value MODEL)
 override BUNDLE := $(value BUNDLE)
 override WAV := $(value WAV)
+override SAY := $(value SAY)
 override SPEAK := $(value SPEAK)
 override HOME_FILE := $(value HOME_FILE)
 override BROKER := $(value BROKER)
-export DEVICE MODEL RECIPE CONTEXT BUNDLE PROMPT WAV SPEAK HOME_FILE BROKER
+export DEVICE MODEL RECIPE CONTEXT BUNDLE PROMPT WAV SAY SPEAK HOME_FILE BROKER
 
 GEMMA_EDGE := $(VENV)/bin/gemma-edge
 VENV_PYTHON := $(VENV)/bin/python
@@ -72,7 +75,8 @@ help: ## this list
 	@echo "  BUNDLE=DIR    the bundle to write or to use (default: one under bundles/)"
 	@echo "  PROMPT=TEXT   the question for ask"
 	@echo "  FORCE=1       export over an existing bundle"
-	@echo "  WAV=FILE      a recording for voice, instead of the microphone; TYPED=1: the keyboard"
+	@echo "  SAY=TEXT      what voice hears instead of the microphone, spoken by espeak-ng, a turn for each sentence"
+	@echo "  WAV=FILE      a recording for voice to hear; TYPED=1: the keyboard; TRANSCRIPTS=1: show what was heard"
 	@echo "  SPEAK=HOW     how voice answers: auto, piper, espeak, off, or FILE.wav"
 	@echo "  HOME_FILE=F   tools and settings of voice (default: the example's); BROKER=URL (default: one of its own)"
 	@echo "  EXTRAS=LIST   what setup-device installs (default: cpu,http,audio; docs/install.md)"
@@ -96,9 +100,9 @@ serve: $(NEEDS) ## run the daemon until interrupted (BUNDLE= or DEVICE= MODEL= R
 demo: $(if $(BUNDLE),$(READY),$(NEEDS)) ## summaries of a day of real sensor events, over MQTT (BUNDLE= or DEVICE= MODEL= ...)
 	@$(VENV_PYTHON) -m gemma_edge.examples.sensor_summary.demo "$$USED_BUNDLE"
 
-voice: $(if $(BUNDLE),$(READY),$(NEEDS)) ## a voice assistant (WAV=recording, TYPED=1 or the microphone; SPEAK= HOME_FILE= BROKER= BUNDLE= ...)
+voice: $(if $(BUNDLE),$(READY),$(NEEDS)) ## a voice assistant (SAY=TEXT, WAV=recording, TYPED=1 or the microphone; SPEAK= HOME_FILE= BROKER= BUNDLE= ...)
 	@$(VENV_PYTHON) -m gemma_edge.examples.voice_assistant "$$USED_BUNDLE" --broker "$$BROKER" \
-		$${WAV:+--wav "$$WAV"} $(if $(TYPED),--text) $${SPEAK:+--speak "$$SPEAK"} $${HOME_FILE:+--home "$$HOME_FILE"}
+		$${WAV:+--wav "$$WAV"} $${SAY:+--say "$$SAY"} $(if $(TYPED),--text) $(if $(TRANSCRIPTS),--transcripts) $${SPEAK:+--speak "$$SPEAK"} $${HOME_FILE:+--home "$$HOME_FILE"}
 
 test: lint ## lint, types and the fast tests
 	@$(VENV_PYTHON) -m pytest -m "not slow and not arm64 and not cuda"

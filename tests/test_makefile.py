@@ -138,6 +138,11 @@ def test_voice_passes_what_it_was_given(venv: Path) -> None:
     ]
 
 
+def test_voice_passes_what_is_to_be_said(venv: Path) -> None:
+    make(venv, "voice", "BUNDLE=b", 'SAY=It is "dark". $HOME?', "TRANSCRIPTS=1")
+    assert calls(venv) == [*VOICE, "b", "--broker", "demo", "--say", 'It is "dark". $HOME?', "--transcripts"]
+
+
 def test_voice_has_a_broker_and_a_bundle_of_its_own(venv: Path) -> None:
     make(venv, "voice", "TYPED=1", "DEVICE=no-such-device-so-no-bundle-either")
     bundle = "bundles/nano-no-such-device-so-no-bundle-either"

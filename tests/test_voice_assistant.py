@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from gemma_edge.examples.voice_assistant import __main__ as program
+from gemma_edge.examples.voice_assistant import microphone
 from gemma_edge.examples.voice_assistant.assistant import Assistant
 from gemma_edge.examples.voice_assistant.config import Config, load_config
 from gemma_edge.examples.voice_assistant.home import Home, Outcome
@@ -362,6 +363,9 @@ def test_a_deaf_model_says_what_to_do(
     ("arguments", "expected"),
     [
         (["b", "--wav", "x.wav", "--text"], "--wav: leave out"),
+        (["b", "--wav", "x.wav", "--say", "Hello"], "--wav: leave out --say"),
+        (["b", "--say", "Hello", "--push-to-talk"], "--say: leave out"),
+        (["b", "--say", "..."], "expected a sentence"),
         (["b", "--text", "--push-to-talk"], "--text: leave out"),
         (["b", "--wav", "nowhere.wav"], "nowhere.wav: cannot be read"),
         (["b", "--text", "--speed", "-1"], "--speed: expected 0 or more"),
@@ -377,6 +381,25 @@ def test_bad_arguments_are_told(
 ) -> None:
     assert program.main(arguments) == 1
     assert expected in capsys.readouterr().err
+
+
+def test_without_a_microphone_it_says_what_else_there_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, before any model is loaded: `make voice` on a server."""
+
+    class NoCard:
+        class PortAudioError(Exception):
+            pass
+
+        def query_devices(self, device: object, kind: str) -> None:
+            raise self.PortAudioError("Error querying device -1")
+
+    monkeypatch.setattr(microphone, "need_sounddevice", NoCard)
+    assert program.main(["no-bundle", "--broker", "demo"]) == 1
+    said = capsys.readouterr().err
+    assert "no microphone (Error querying device -1)" in said
+    assert all(way in said for way in ("--input", "make voice SAY=", "WAV=FILE", "TYPED=1"))
 
 
 def test_check_reads_the_file_only(capsys: pytest.CaptureFixture[str]) -> None:

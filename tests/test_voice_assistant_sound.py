@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gemma_edge.examples.voice_assistant import microphone, voices
+from gemma_edge.examples.voice_assistant import microphone, say, voices
 from gemma_edge.examples.voice_assistant.config import Listen, Speak
 from gemma_edge.examples.voice_assistant.keyboard import Keyboard
 from gemma_edge.examples.voice_assistant.listener import (
@@ -432,6 +432,40 @@ class TestMicrophone:
         monkeypatch.setattr(card, "query_devices", lambda device, kind: {"default_samplerate": 44_100.0})
         with pytest.raises(GemmaEdgeError, match=r"no microphone .*--wav"), Microphone():
             pass
+
+
+class TestSay:
+    def test_each_sentence_is_a_turn(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+        path = tmp_path / "talk.wav"
+        assert say.main(["Lock the front door. It is 21.5 degrees!", "Good night", "-o", str(path)]) == 0
+        assert "3 turns" in capsys.readouterr().out
+        listener = VoiceListener(Listen(), 10.0)
+        events = [event for block in Recording(path, 0.0) for event in listener.push(block)]
+        assert sum(isinstance(event, Started) for event in events) == 3
+        assert sum(isinstance(event, Ended) for event in events) == 3
+
+    @pytest.mark.parametrize(
+        ("arguments", "expected"),
+        [
+            (["...", "-o", "x.wav"], "expected a sentence"),
+            (["Hello " * 2000, "-o", "x.wav"], "at most 10000 characters"),
+            (["Hello", "-o", "/nowhere/x.wav"], "cannot be written"),
+            (["Hello", "-o", "x.wav", "--pause", "nan"], "--pause: expected 0 to 60 s"),
+            (["Hello", "-o", "x.wav", "--words-per-minute", "5"], "expected 80 to 450"),
+            (["Hello", "-o", "x.wav", "--voice", "klingon2"], "no voice 'klingon2'"),
+        ],
+    )
+    def test_bad_arguments_are_told(
+        self,
+        arguments: list[str],
+        expected: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ):
+        monkeypatch.chdir(tmp_path)
+        assert say.main(arguments) == 1
+        assert expected in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_piper_speaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

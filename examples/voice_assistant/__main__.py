@@ -7,6 +7,7 @@ import contextlib
 import logging
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,9 +24,10 @@ from .conversation import system_message
 from .home import Home
 from .keyboard import Keyboard
 from .listener import ButtonListener, VoiceListener
-from .microphone import Microphone, Recording, need_sounddevice
+from .microphone import Microphone, Recording, find_microphone, need_sounddevice
+from .say import PAUSE_S, sentences, write_recording
 from .speaker import Loudspeaker, Output, Speaker, WavFile
-from .voices import Voice, VoiceError, open_voice
+from .voices import Voice, open_voice
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--broker", metavar="URL", help='instead of the file\'s; "demo": one of its own, with a few readings')
     source = parser.add_argument_group("what it listens to (default: the microphone)")
     source.add_argument("--wav", metavar="FILE", type=Path, help="a recording (WAV, FLAC, OGG, MP3)")
+    source.add_argument("--say", metavar="TEXT", help="what espeak-ng says, a turn for each sentence")
     source.add_argument("--speed", type=float, default=1.0, metavar="X", help="X times as fast (0: at once)")
     source.add_argument(
         "--overlap", action="store_true", help="the recording goes on during answers, as a microphone would"
@@ -114,8 +117,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def settings(args: argparse.Namespace) -> Config:
     """The file, and what the command line changes. Raises ConfigError."""
-    if args.wav is not None and (args.text or args.push_to_talk):
-        raise ConfigError("--wav: leave out --text and --push-to-talk")
+    if args.wav is not None and args.say is not None:
+        raise ConfigError("--wav: leave out --say")
+    for name in ("wav", "say"):
+        if getattr(args, name) is not None and (args.text or args.push_to_talk):
+            raise ConfigError(f"--{name}: leave out --text and --push-to-talk")
     if args.text and args.push_to_talk:
         raise ConfigError("--text: leave out --push-to-talk")
     if not args.speed >= 0:
@@ -135,10 +141,13 @@ def settings(args: argparse.Namespace) -> Config:
 def run(args: argparse.Namespace, config: Config, stop: threading.Event) -> None:
     """The whole dialogue. Raises GemmaEdgeError, or Interrupted."""
     with contextlib.ExitStack() as stack:
+        recording = stack.enter_context(_recording(args, config))
+        microphone = None
+        if recording is None and not args.text:
+            find_microphone(_device(args.input))
+            microphone = Microphone(_device(args.input), stop)
         speaker = Speaker(*_voice(args, config))
         stack.callback(speaker.close)
-        recording = Recording(args.wav, args.speed) if args.wav is not None else None
-        microphone = None if args.text or recording else Microphone(_device(args.input), stop)
         if args.broker == "demo":
             url = stack.enter_context(_demo_broker())
             config = msgspec.structs.replace(config, broker=url)
@@ -154,7 +163,7 @@ def run(args: argparse.Namespace, config: Config, stop: threading.Event) -> None
         assistant = Assistant(config, brain, home, speaker, Console())
         stack.callback(assistant.close)
         if recording is not None:
-            _ready(brain, speaker, f"{args.wav}, {recording.duration_s:.1f} s")
+            _ready(brain, speaker, f"{args.wav or 'espeak-ng as the user'}, {recording.duration_s:.1f} s")
             listener = VoiceListener(config.listen, assistant.longest_s)
             assistant.listen(recording, listener, wait=not args.overlap)
         elif microphone is None:
@@ -165,6 +174,20 @@ def run(args: argparse.Namespace, config: Config, stop: threading.Event) -> None
                 assistant.wait()
         else:
             _with_microphone(args, config, assistant, stack.enter_context(microphone), brain, speaker, stop)
+
+
+@contextlib.contextmanager
+def _recording(args: argparse.Namespace, config: Config) -> Iterator[Recording | None]:
+    """What is played instead of a microphone; None: nothing is."""
+    if args.say is None:
+        yield Recording(args.wav, args.speed) if args.wav is not None else None
+        return
+    with tempfile.TemporaryDirectory(prefix="gemma-edge-say-") as folder:
+        path = Path(folder) / "talk.wav"
+        voice = open_voice(config.speak, "espeak")
+        pause_s = max(PAUSE_S, config.listen.hangover_s + 0.5)
+        write_recording(path, sentences([args.say]), voice, pause_s=pause_s)
+        yield Recording(path, args.speed)
 
 
 def _with_microphone(
@@ -196,7 +219,8 @@ def _with_microphone(
 
 def _voice(args: argparse.Namespace, config: Config) -> tuple[Voice | None, Output | None]:
     """The voice and where it goes; both None: answers are shown only."""
-    how = args.speak or ("off" if args.wav is not None or args.text else "auto")
+    is_heard = args.wav is None and args.say is None and not args.text
+    how = args.speak or ("auto" if is_heard else "off")
     if how == "off":
         return None, None
     is_file = how.lower().endswith(".wav")
@@ -204,17 +228,14 @@ def _voice(args: argparse.Namespace, config: Config) -> tuple[Voice | None, Outp
         raise ConfigError(f"--speak {how}: expected auto, piper, espeak, off or FILE.wav")
     try:
         voice = open_voice(config.speak, "auto" if is_file else how)
-    except VoiceError as error:
-        if args.speak is not None:
+        if is_file:
+            return voice, WavFile(Path(how), speed=args.speed if args.overlap else 0.0)
+        return voice, Loudspeaker(voice.rate, _device(args.output))
+    except GemmaEdgeError as error:
+        if args.speak is not None or args.output is not None:
             raise
         log.warning("%s; answers are shown only", error)
         return None, None
-    output: Output
-    if is_file:
-        output = WavFile(Path(how), speed=args.speed if args.overlap else 0.0)
-    else:
-        output = Loudspeaker(voice.rate, _device(args.output))
-    return voice, output
 
 
 def _device(name: str | None) -> str | int | None:

@@ -102,9 +102,7 @@ class Microphone:
                 self._mono = MonoStream(rate=rate, channels=1, to_rate=RATE)
                 self._stream = self._open(rate)
             except (self._sounddevice.PortAudioError, ValueError) as cause:
-                raise GemmaEdgeError(
-                    f"no microphone ({cause}); name one with --input, or play a recording with --wav"
-                ) from cause
+                raise _no_microphone(cause) from cause
         self._stream.start()
         return self
 
@@ -152,6 +150,22 @@ class Microphone:
                         self._waiting.get_nowait()
                     except queue.Empty:
                         continue
+
+
+def find_microphone(device: str | int | None = None) -> None:
+    """Raises GemmaEdgeError if there is none, before anything is loaded."""
+    sounddevice = need_sounddevice()
+    try:
+        sounddevice.query_devices(device, "input")
+    except (sounddevice.PortAudioError, ValueError) as cause:
+        raise _no_microphone(cause) from cause
+
+
+def _no_microphone(cause: Exception) -> GemmaEdgeError:
+    return GemmaEdgeError(
+        f"no microphone ({cause}); name one with --input (--list-devices), or do without: --say TEXT, "
+        "--wav FILE or --text (make voice SAY='Turn on the light in the kitchen.', WAV=FILE, TYPED=1)"
+    )
 
 
 def need_sounddevice() -> ModuleType:
