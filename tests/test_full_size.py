@@ -1,4 +1,4 @@
-"""Slow: full-size E2B is traced without its weights; nano's int4 bundle keeps the checkpoint's accuracy."""
+"""Slow: full-size E2B is traced without its weights; nano's int4 and int8 bundles keep its accuracy."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from gemma_edge.cli import main
 from gemma_edge.examples.nano_model.corpus import Encoder
 from gemma_edge.examples.nano_model.evaluate import bundle_generate, evaluate, transformers_generate
 
@@ -48,13 +49,26 @@ def test_e2b_is_traced_in_less_memory_than_its_weights() -> None:
     assert result["peak_rss_bytes"] < 1.5 * 2**30
 
 
-GOAL_PERCENT = {"summary": 95, "command": 97, "question": 95}
+GOAL_PERCENT = {"summary": 95, "command": 97, "question": 95, "spoken_command": 90}
+MOST_WORD_ERRORS_PERCENT = 8
+MOST_LOST_POINTS = 2.0
 
 
-def test_nano_meets_its_goals_and_int4_loses_at_most_two_points(nano_bundle: Path) -> None:
+def test_nano_meets_its_goals_and_quantized_it_loses_at_most_two_points(
+    nano_bundle: Path, tmp_path: Path
+) -> None:
+    int8_bundle = tmp_path / "nano-int8"
+    command = ["export", "--model", str(NANO), "--device", "x86-64-generic", "--recipe", "int8"]
+    assert main([*command, "--out", str(int8_bundle)]) == 0
     encoder = Encoder(NANO)
-    bf16 = evaluate(encoder, transformers_generate(NANO, encoder.stops), count=300, show=0)
-    int4 = evaluate(encoder, bundle_generate(nano_bundle), count=300, show=0)
+    bf16 = evaluate(encoder, transformers_generate(NANO, encoder.stops), count=300, show=0, spoken=True)
     for task, goal in GOAL_PERCENT.items():
         assert bf16[f"{task}_percent"] >= goal, (task, bf16)
-        assert int4[f"{task}_percent"] >= bf16[f"{task}_percent"] - 2.0, (task, bf16, int4)
+    assert bf16["word_error_percent"] <= MOST_WORD_ERRORS_PERCENT, bf16
+    for bundle in (nano_bundle, int8_bundle):
+        got = evaluate(encoder, bundle_generate(bundle), count=300, show=0, spoken=True)
+        for task in GOAL_PERCENT:
+            lost = bf16[f"{task}_percent"] - got[f"{task}_percent"]
+            assert lost <= MOST_LOST_POINTS, (bundle.name, task, bf16, got)
+        more = got["word_error_percent"] - bf16["word_error_percent"]
+        assert more <= MOST_LOST_POINTS, (bundle.name, bf16, got)

@@ -10,10 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import Gemma4AudioFeatureExtractor
 
+from gemma_edge.examples.nano_model import average, speech, spoken
 from gemma_edge.examples.nano_model import evaluate as evaluation
-from gemma_edge.examples.nano_model import speech, spoken
 from gemma_edge.examples.nano_model import train as training
 from gemma_edge.examples.nano_model.batches import (
     ALPHABET,
@@ -24,7 +25,7 @@ from gemma_edge.examples.nano_model.batches import (
 )
 from gemma_edge.examples.nano_model.corpus import Encoder
 from gemma_edge.examples.nano_model.hearing import MAX_SAMPLES, TOKEN, LogMel, Teacher, hear, soft_tokens
-from gemma_edge.examples.nano_model.model import load_weights, new_model
+from gemma_edge.examples.nano_model.model import load_weights, new_model, save_model
 from gemma_edge.examples.nano_model.rooms import disturb
 
 NANO = Path(__file__).parent.parent / "models" / "nano"
@@ -250,3 +251,38 @@ def test_spoken_cases_are_heard_as_they_are_counted(encoder: Encoder):
         placeholders = case.prompt.ids.count(encoder.audio)
         assert placeholders == sum(soft_tokens(len(clip)) for clip in case.prompt.clips)
         assert bool(case.prompt.clips) == (case.task in ("transcript", "spoken_command"))
+
+
+class TestAverage:
+    """Two small stages of one training, with and without ears."""
+
+    @pytest.fixture(scope="class")
+    def stages(self, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+        folder = tmp_path_factory.mktemp("stages")
+        for name, value in (("one", 1.0), ("two", 3.0)):
+            model = new_model(0, ears=True)
+            for tensor in model.state_dict().values():
+                tensor.fill_(value)
+            save_model(model, folder / name)
+        return folder / "one", folder / "two"
+
+    def test_each_part_has_its_share(self, stages: tuple[Path, Path], tmp_path: Path):
+        average.average(*stages, tmp_path, text=0.25, audio=0.75)
+        files = sorted(tmp_path.glob("*.safetensors"))
+        weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        heard = {name for name in weights if "audio" in name}
+        assert heard and set(weights) - heard
+        assert all((weights[name] == 2.5).all() for name in heard)
+        assert all((weights[name] == 1.5).all() for name in set(weights) - heard)
+        load_weights(new_model(1, ears=True), tmp_path)  # a checkpoint as training writes it
+
+    def test_the_ends_are_the_checkpoints(self, stages: tuple[Path, Path], tmp_path: Path):
+        average.average(*stages, tmp_path, text=0.0, audio=0.0)
+        for file in sorted(stages[0].iterdir()):
+            assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
+
+    def test_other_shapes_are_refused(self, stages: tuple[Path, Path], tmp_path: Path):
+        save_model(new_model(0), tmp_path / "deaf")
+        with pytest.raises(ValueError, match="expected two stages of one training"):
+            average.average(stages[0], tmp_path / "deaf", tmp_path / "out", text=0.5, audio=0.5)
+        assert not (tmp_path / "out").exists()

@@ -74,7 +74,7 @@ def write_recording(path: Path, turns: Sequence[str], voice: Voice, *, pause_s: 
         parts += [*voice.say(turn), pause]
     samples = np.concatenate(parts)
     try:
-        with wave.open(str(path), "wb") as file:
+        with path.open("wb") as raw, wave.open(raw, "wb") as file:
             file.setnchannels(1)
             file.setsampwidth(2)
             file.setframerate(voice.rate)
