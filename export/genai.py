@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ..runtime.bundle import Caches, Tokens
+from ..runtime.bundle import READ, Caches, Tokens
 from ..runtime.genai_files import TEXT
 from .geometry import SLIDING, TextModel
 from .trace import HIDDEN, KEEP
@@ -103,8 +103,8 @@ def write_genai_config(path: Path, model: TextModel, caches: Caches, tokens: Tok
 
 def free_for_genai(graph: ir.Graph) -> None:
     """Let onnxruntime-genai allocate logits and caches; `logits_to_keep` becomes a constant."""
-    for values, name in ((graph.inputs, KEEP), (graph.outputs, HIDDEN)):
-        for value in [value for value in values if value.name == name]:
+    for values, names in ((graph.inputs, (KEEP,)), (graph.outputs, (HIDDEN, READ))):
+        for value in [value for value in values if value.name and value.name.startswith(names)]:
             values.remove(value)
     logits = graph.outputs[0]
     assert logits.shape is not None

@@ -363,16 +363,16 @@ def _audio_bytes(
 def _cache_copy_bytes(caches: Caches, provider: str) -> int:
     """Copies of caches that the CPU operators make in a step (docs/decisions.md).
 
-    Of float32 the rows in use of the two source layers, once for all that read them; of int8 for each
-    reading layer in turn; of float16 as float32 around a layer, and kept for the two source layers.
+    Of float32 the rows in use of the two source layers, once for all that read them; of int8 none; of float16
+    as float32 around a layer, and kept for the two source layers.
     """
-    if provider != "cpu":
+    if provider != "cpu" or caches.dtype == "int8":
         return 0
     sizes = {cache: 2 * cache.kv_heads * cache.capacity * cache.head_dim for cache in caches.layers}
     if caches.dtype == "float32":
         return 4 * sum({cache.layer_type: size for cache, size in sizes.items()}.values())
     values = sorted(sizes.values())
-    return values[-1] if caches.dtype == "int8" else 4 * (values[-1] + sum(values[-2:]))
+    return 4 * (values[-1] + sum(values[-2:]))
 
 
 def rope_bytes(model: TextModel, context: int) -> int:

@@ -20,7 +20,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .. import __version__
-from ..runtime.bundle import Caches
+from ..runtime.bundle import READ, Caches
 from .audio_geometry import AudioModel
 from .drafter_geometry import DrafterModel
 from .geometry import TextModel
@@ -164,6 +164,7 @@ def trace_drafter(model: DrafterModel, caches: Caches) -> Traced:
     outputs = ("token", "probability", "drafted_states", "scores", "ids")
     for value, name in zip(graph.graph.outputs, outputs, strict=False):
         value.name = name
+    _show_read_caches(graph.graph)
     _finish(graph, "drafter")
     return Traced(graph, _makers(module.constants))
 
@@ -255,7 +256,26 @@ def _name_decoder(
         graph.outputs, [*first, *(f"present.{n}" for n in cache_names), *last], strict=True
     ):
         value.name = name
+    _show_read_caches(graph)
     _finish(model, "decoder" if logits else "prefill")
+
+
+def _show_read_caches(graph: ir.Graph) -> None:
+    """Make outputs of the caches that the operator wants to write though it only reads them (int8).
+
+    Bound to the buffer that is read, they cost nothing; otherwise all of that cache is copied in every run.
+    """
+    shown = set(graph.outputs)
+    numbers = itertools.count()
+    for node in graph:
+        if node.op_type != "GroupQueryAttention" or len(node.outputs) < 3 or node.outputs[1] in shown:
+            continue
+        number = next(numbers)
+        for cache, value in zip(node.inputs[3:5], node.outputs[1:3], strict=True):
+            assert cache is not None and cache.name is not None
+            _, index, part = cache.name.split(".")  # present.3.key, or past_key_values.3.key
+            value.name, value.shape, value.type = f"{READ}{index}.{part}.{number}", cache.shape, cache.type
+            graph.outputs.append(value)
 
 
 def _remove_inputs(graph: ir.Graph, stand_ins: Sequence[ir.Value]) -> None:

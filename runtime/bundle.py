@@ -18,6 +18,8 @@ from .strict import convert
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+# Outputs `read.{index}.{key|value}.{n}`: an int8 cache that an operator reads, and wants to write as well.
+READ = "read."
 # Only in bundles for CUDA: the decoder as our engine runs it there, on the same weights; what picks tokens.
 DRAFTER = "drafter.onnx"
 CUDA_DECODER = "decoder_cuda.onnx"

@@ -6,13 +6,14 @@ It also knows what a buffer holds after so many tokens, and so which earlier sta
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from .bundle import Caches
+from .bundle import READ, Caches
 
 Rows = dict[str, npt.NDArray[Any]]  # by buffer name: (kv_heads, rows, head_dim), the rows in use
 
@@ -54,11 +55,18 @@ class KvCaches:
         """Tokens that the sliding caches hold above their window; the context if no layer slides."""
         return self._capacity - self._window if self._sliding else self.context
 
-    def bind(self, binding: ort.IOBinding) -> None:
-        """Bind every buffer as the graph's past and present."""
+    def bind(self, binding: ort.IOBinding, outputs: Iterable[str] = ()) -> None:
+        """Bind every buffer as the graph's past and present, and as those of its `outputs` that read one."""
         for name, value in self.values.items():
             binding.bind_ortvalue_input(f"past_key_values.{name}", value)
             binding.bind_ortvalue_output(f"present.{name}", value)
+        self.bind_reads(binding, outputs)
+
+    def bind_reads(self, binding: ort.IOBinding, outputs: Iterable[str]) -> None:
+        """Bind the outputs `read.…` to the buffers they read. Unbound, each is a copy of a whole buffer."""
+        for name in outputs:
+            if name.startswith(READ):
+                binding.bind_ortvalue_output(name, self.values[name.removeprefix(READ).rpartition(".")[0]])
 
     def begin(self, length: int) -> int:
         """The first token that is in the sliding caches when `length` tokens have been run.

@@ -106,4 +106,5 @@ class Drafter:
         }
         for name, array in outputs.items():
             binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        self.session.caches.bind_reads(binding, [value.name for value in self._graph.get_outputs()])
         return binding

@@ -67,6 +67,7 @@ class Session:
         self._positions = np.zeros((1, most), np.int64)
         self._ones = np.ones((1, context), np.int64)  # the mask: a view of it, as long as the sequence
         self._keep = [np.full((1,), rows, np.int64) for rows in range(kept + 1)]
+        self._outputs = [value.name for value in self.decoder.get_outputs()]
         logits = next(value for value in self.decoder.get_outputs() if value.name == "logits")
         self._logits = np.zeros((1, kept, geometry.vocab_size), _TYPES[logits.type])
 
@@ -180,7 +181,7 @@ class Session:
         binding = self.decoder.io_binding()
         self._bind_rows(binding, rows, first)
         _bind_input(binding, _KEEP, self._keep[keep], (1,))
-        self.caches.bind(binding)
+        self.caches.bind(binding, self._outputs)
         if keep:
             shape = (1, keep, self._logits.shape[2])
             binding.bind_output("logits", "cpu", 0, self._logits.dtype, shape, self._logits.ctypes.data)

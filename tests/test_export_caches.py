@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from gemma_edge.export.geometry import Rope
 from gemma_edge.export.modules.values import cache_scales, inverse_frequencies, rope_table
+from gemma_edge.runtime.bundle import READ
+from gemma_edge.runtime.session import Session
 
 from .support.graph_runner import GraphRunner
 from .support.tiny_bundles import export_tiny
@@ -95,3 +97,30 @@ def test_proportional_rope_leaves_a_tail_unrotated():
     assert (frequencies[:4] > 0).all() and not frequencies[4:].any()
     cos, sin = rope_table(Rope(1e6, 0.25, 1.0), 32, 10)
     assert (cos[:, 4:] == 1).all() and (sin[:, 4:] == 0).all()
+
+
+def test_int8_caches_are_read_without_a_copy(tiny_bundle):
+    """The operator that reads another layer's int8 cache writes it too: onto itself, and changes nothing."""
+    bundle = tiny_bundle(context=192, chunk=16, kv="int8").bundle
+    session, unbound = Session(bundle, threads=1, longest_draft=2), GraphRunner(bundle.path)
+    outputs = {value.name for value in session.decoder.get_outputs()}
+    readers = bundle.manifest.geometry.num_kv_shared_layers
+    assert len([name for name in outputs if name.startswith(READ)]) >= 2 * readers
+    for start in (0, 16, 32):
+        chunk = np.array(IDS[start : start + 16])
+        session.prefill(chunk, start, last=True)
+        np.testing.assert_array_equal(session.logits, unbound.run(chunk.tolist())[-1])
+    for position, token in enumerate(IDS[48:], 48):
+        session.step(token, position)
+        np.testing.assert_array_equal(session.logits, unbound.run([token])[-1])
+    for name, rows in session.caches.copy(len(IDS)).items():  # those in use
+        held = unbound.caches[f"past_key_values.{name}"][0]
+        np.testing.assert_array_equal(rows, held[:, : rows.shape[1]])
+    session.step(9, len(IDS), [10, 11])
+    rows = unbound.run([9, 10, 11], keep=3)
+    np.testing.assert_array_equal([session.logits_after(count) for count in range(3)], rows)
+
+
+def test_other_caches_have_no_such_outputs(tiny_bundle):
+    session = Session(tiny_bundle(context=192, chunk=16).bundle, threads=1)
+    assert not [value.name for value in session.decoder.get_outputs() if value.name.startswith(READ)]

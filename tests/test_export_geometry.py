@@ -68,6 +68,8 @@ def test_caches_of_e2b():
     assert len(sliding) == 12 and {cache.capacity for cache in sliding} == {528}
     assert len(full) == 3 and {cache.capacity for cache in full} == {32768}
     assert caches.size_bytes == 2 * 2 * (12 * 528 * 256 + 3 * 32768 * 512)
+    eight_bits = plan_caches(parse(e2b()), context=32768, sliding_slack=64, dtype="int8")
+    assert eight_bits.size_bytes <= 110e6
     assert plan_caches(parse(e2b()), context=520, sliding_slack=16, dtype="int8").layers[0].capacity == 520
     assert plan_caches(parse(e2b()), context=100, sliding_slack=16, dtype="int8").layers[0].capacity == 512
 

@@ -61,3 +61,11 @@ def test_asking_loads_no_host_package(tiny_bundle, stats: list[str]):
     )
     assert "onnxruntime" in loaded
     assert not loaded & set(HOST_ONLY)
+
+
+def test_a_daemon_is_small_before_it_has_a_model():
+    names = ("engine", "service", "chat", "tokenizer", "sounds", "audio.encoder", "serve", "transports.http")
+    names += ("transports.mqtt", "transports.wyoming")
+    code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
+    code += "\nfrom gemma_edge.runtime.stats import memory_use\nassert memory_use().rss_bytes < 80e6"
+    loaded_by(code, *(f"gemma_edge.runtime.{name}" for name in names))
