@@ -49,6 +49,8 @@ def genai_config(model: TextModel, caches: Caches, tokens: Tokens) -> dict[str, 
     """genai_config.json for onnxruntime-genai 0.18."""
     shape = model.geometry
     sliding = [cache for cache in caches.layers if cache.layer_type == SLIDING]
+    # A generation is as long as the largest cache at least: a sliding one must hold its window.
+    longest = max(caches.context, *(cache.capacity for cache in caches.layers))
     decoder: dict[str, Any] = {
         "session_options": {"provider_options": []},
         "filename": TEXT,
@@ -82,14 +84,14 @@ def genai_config(model: TextModel, caches: Caches, tokens: Tokens) -> dict[str, 
         "model": {
             "type": "gemma4_text",
             "vocab_size": shape.vocab_size,
-            "context_length": caches.context,
+            "context_length": longest,
             "bos_token_id": tokens.bos,
             "eos_token_id": list(tokens.eos),
             "pad_token_id": tokens.pad,
             "decoder": decoder,
         },
         "search": {
-            "max_length": caches.context,
+            "max_length": longest,
             "past_present_share_buffer": True,
             "do_sample": False,
             "num_beams": 1,

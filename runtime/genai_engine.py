@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 PACKAGE = "onnxruntime-genai"
 SUPPORTED = "0.18"
+SLIDING = "sliding_attention"
 MOST_SEED = 2**31 - 1  # genai's seeds are below
 PROVIDERS: dict[str, list[dict[str, Any]]] = {"cpu": [], "cuda": [{"cuda": {}}]}
 
@@ -49,6 +50,9 @@ class GenaiEngine:
         self.last_stats: GenerationStats | None = None
         self._vocab_size = manifest.geometry.vocab_size
         self._hidden_size = manifest.geometry.hidden_size
+        # genai makes no cache longer than a generation, but a sliding one must hold its window.
+        sliding = [cache.capacity for cache in manifest.caches.layers if cache.layer_type == SLIDING]
+        self._least_length = max(sliding, default=0)
         self._chunk = min(manifest.runtime.prefill_chunk, self.context)
         if hears and manifest.audio is None:
             raise BundleError(f"{bundle.path}: the model does not hear; open it without sounds")
@@ -181,7 +185,7 @@ class GenaiEngine:
 
     def _generator(self, options: dict[str, Any], length: int) -> Any:
         params = self._genai.GeneratorParams(self._model)
-        params.set_search_options(max_length=length, **options)
+        params.set_search_options(max_length=max(length, self._least_length), **options)
         return self._genai.Generator(self._model, params)
 
     def _prefill(self, generator: Any, prompt: _Prompt) -> Iterator[None]:

@@ -105,6 +105,15 @@ def test_nano_summarizes_alike(nano_bundle: Path):
         assert theirs.last_stats.finish == ours.last_stats.finish == "stop"
 
 
+def test_less_than_the_window(nano_bundle: Path):
+    """genai would make caches too short for the operator."""
+    bundle = open_bundle(nano_bundle)
+    prompt = np.random.default_rng(0).integers(100, 4000, 20).tolist()
+    expected = list(Engine(bundle, threads=1).generate(prompt, max_new_tokens=10))
+    assert bundle.manifest.geometry.sliding_window > 30
+    assert list(GenaiEngine(bundle, threads=1).generate(prompt, max_new_tokens=10)) == expected
+
+
 PARTS: list[list[Part]] = [
     [[2, 40, 41], soft_tokens(7), [50, 51]],
     [soft_tokens(1), [50]],
