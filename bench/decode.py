@@ -132,8 +132,7 @@ def main() -> None:
     engine.eos = frozenset()  # a random prompt may stop at once
     engine._session.decoder = RunClock(engine._session.decoder)
     engine._session.embeddings = RunClock(engine._session.embeddings)
-    if moving := engine._session.moving:  # weights onto huge pages, for a second or so
-        moving.join()
+    operators.move(bundle)
     threads = engine._session.threads
     bandwidth = read_bandwidth_bytes_per_s(threads)
     read_bytes = bundle.manifest.memory.read_per_token_bytes

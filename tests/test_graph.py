@@ -46,7 +46,7 @@ def test_caches_are_inputs_of_layers_that_own_one_and_sized_by_the_device(tiny_b
 
 
 def test_shared_layers_write_nothing_and_only_one_row_may_enter_them(tiny_bundle):
-    graph = load_graph(tiny_bundle(model=MODEL, context=96).path / "decoder.onnx")
+    graph = load_graph(tiny_bundle(model=MODEL, context=96, kv="float16").path / "decoder.onnx")
     attention = graph.nodes("GroupQueryAttention")
     writers = [node for node in attention if len(node.output) == 3]
     readers = [node for node in attention if len(node.output) == 1]
@@ -59,13 +59,28 @@ def test_shared_layers_write_nothing_and_only_one_row_may_enter_them(tiny_bundle
     assert not {node.op_type for node in graph.nodes()} & {"If", "Loop", "Scan"}
 
 
+def test_float32_caches_are_read_with_plain_products_and_cut_once_for_all_readers(tiny_bundle):
+    graph = load_graph(tiny_bundle(model=MODEL, context=96).path / "decoder.onnx")
+    (writers, scatters) = (graph.nodes("GroupQueryAttention"), graph.nodes("TensorScatter"))
+    assert (len(writers), len(scatters)) == (2, 2)
+    assert all(len(node.output) == 3 for node in writers)
+    products = graph.nodes("FusedMatMul")
+    scores = [node for node in products if node.input[1] not in graph.initializers]  # others multiply with weights
+    outputs = graph.nodes("MatMul")
+    assert len(scores) == len(outputs) == 4  # three shared layers, and the last one that owns a cache
+    cut = [node.input[0] for node in graph.nodes("Slice") if node.input[0].startswith("present.")]
+    assert sorted(cut) == [f"present.{index}.{part}" for index in (1, 2) for part in ("key", "value")]
+    assert not {node.op_type for node in graph.nodes()} & {"If", "Loop", "Scan"}
+
+
 @pytest.mark.parametrize("recipe", ["int4", "int8"])
 def test_no_matmul_stays_in_float(tiny_bundle, recipe: str):
     tiny = tiny_bundle(recipe=recipe, block=32, model=QUANTIZED)
     for name in ("decoder.onnx", "embeddings.onnx", "text.onnx"):
         graph = load_graph(tiny.path / name)
-        left = [node.op_type for node in graph.nodes() if node.op_type in FLOAT_MATMULS]
-        assert left == []
+        left = [node for node in graph.nodes() if node.op_type in FLOAT_MATMULS]
+        assert not [name for node in left for name in node.input if name in graph.initializers]
+        assert {node.op_type for node in left} <= {"MatMul", "FusedMatMul"}  # of queries and caches
         assert not any(node.domain == "gemma_edge" for node in graph.nodes())
         assert not graph.nodes("Gather", "DequantizeLinear")
     decoder = load_graph(tiny.path / "decoder.onnx")

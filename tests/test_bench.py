@@ -1,0 +1,86 @@
+"""The arithmetic of bench/operators.py and bench/peers.py: profiles become tables, figures become ratios."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    yield load
+    for name in ("operators", "peers", "peer_llama", "peer_litert", "common"):
+        sys.modules.pop(name, None)
+
+
+def event(name: str, start: int, duration: int, operator: str = "") -> dict:
+    return dict(
+        name=name, cat="Node" if operator else "Session", ts=start, dur=duration, args=dict(op_name=operator)
+    )
+
+
+def test_a_profile_becomes_the_median_of_runs_without_the_first_ones(bench) -> None:
+    operators = bench("operators")
+    events = []
+    for run, product in enumerate([9000, 9000, 9000, 1000, 3000, 2000]):
+        start = 100_000 * run
+        events += [
+            event("model_run", start, 90_000),
+            event("a_kernel_time", start + 10, product, "MatMulNBits"),
+            event("b_kernel_time", start + 20_000, 500, "Add"),
+            event("c_kernel_time", start + 30_000, 500, "Add"),
+        ]
+    rows = operators.summarize(events, {"a": operators.Node("mlp.gate_proj", 4_000_000)})
+    assert [(row.operator, row.calls, row.ms) for row in rows] == [("mlp.gate_proj", 1, 2.0), ("Add", 2, 1.0)]
+    assert rows[0].gb_s == pytest.approx(2.0)
+
+
+def test_weights_are_named_by_their_place_in_a_layer(bench) -> None:
+    product = bench("operators")._product
+    assert product("layers.13.mlp.gate_proj.weight.blocks") == "mlp.gate_proj"
+    assert product("embed_tokens.weight.scales") == product("lm_head.weight.blocks") == "head"
+
+
+def test_targets_name_what_was_met_and_against_whom(bench) -> None:
+    peers = bench("peers")
+    medians = {
+        "ours": {"decode": {0: 20.0, 1024: 10.0}},
+        peers.LLAMA: {"decode": {0: 10.0, 1024: 12.5}},
+    }
+    result = {"share_of_bandwidth": {"ours": {0: 0.8, 1024: 0.5}}}
+    assert peers.targets("int4", medians, "ours", result) == [
+        (0, "decode >= 1.0 x llama.cpp: 2.00, met"),
+        (0, "75% of the bandwidth: 80%, met"),
+        (1024, "decode >= 1.0 x llama.cpp: 0.80, missed"),
+        (1024, "75% of the bandwidth: 50%, missed"),
+    ]
+    assert peers.targets("qat-mobile", medians, "ours", result) == [
+        (0, "decode >= 1.5 x LiteRT-LM's recorded 10.7: 1.87, met"),
+        (1024, "decode >= 1.5 x LiteRT-LM's recorded 10.7: 0.93, missed"),
+    ]
+    assert peers.targets("int8", medians, "ours", result) == []
+
+
+def test_the_peers_model_has_as_many_weights_as_ours(bench) -> None:
+    """E2B: what a token reads, 1.88 G in layers and 0.40 G in the head, and two tables."""
+    from gemma_edge.export.sizes import model_of
+
+    tensors = dict(bench("peer_llama")._tensors(model_of("e2b")))
+    layers = sum(
+        shape[0] * shape[1] for name, shape in tensors.items() if name.startswith("blk.") and len(shape) == 2
+    )
+    assert layers == pytest.approx(1.863e9, rel=0.01)
+    assert tensors["token_embd.weight"] == (262144, 1536)
+    assert tensors["per_layer_token_embd.weight"] == (262144, 35 * 256)
+    assert tensors["blk.20.ffn_gate.weight"] == (12288, 1536) and "blk.20.attn_k.weight" not in tensors
