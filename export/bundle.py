@@ -44,6 +44,7 @@ from .attach import attach
 from .attach_prefill import attach_prefill
 from .audio_geometry import AudioModel, parse_audio_model
 from .audio_settings import describe_audio
+from .cache_calibration import calibrate
 from .checkpoint import Checkpoint, open_checkpoint
 from .drafter import PreparedDrafter, prepare_drafter, write_drafter
 from .genai_audio import write_audio_variant
@@ -157,8 +158,21 @@ def write_bundle(prepared: Prepared, progress: Progress = lambda name, weights: 
         _copy_files(prepared, folder)
         progress("hashing", 0)
         manifest = _manifest(prepared, stored, channels, drafter, folder)
-        (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
+        _write_manifest(manifest, folder)
+        if manifest.caches.dtype == "int8":
+            progress("calibrating caches", 0)
+            changed = {name: _entry(folder / name) for name in calibrate(folder)}
+            manifest = msgspec.structs.replace(manifest, files=manifest.files | changed)
+            _write_manifest(manifest, folder)
     return manifest
+
+
+def _write_manifest(manifest: Manifest, folder: Path) -> None:
+    (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
+
+
+def _entry(path: Path) -> FileEntry:
+    return FileEntry(path.stat().st_size, sha256_file(path))
 
 
 def _write_graphs(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from safetensors.torch import load_file, save_file
 
-from gemma_edge.export.geometry import Rope
+from gemma_edge.export.geometry import Rope, read_text_model
 from gemma_edge.export.modules.values import cache_scales, inverse_frequencies, rope_table
-from gemma_edge.runtime.bundle import READ
+from gemma_edge.runtime.bundle import READ, Bundle
 from gemma_edge.runtime.session import Session
 
 from .support.graph_runner import GraphRunner
@@ -124,3 +127,47 @@ def test_int8_caches_are_read_without_a_copy(tiny_bundle):
 def test_other_caches_have_no_such_outputs(tiny_bundle):
     session = Session(tiny_bundle(context=192, chunk=16).bundle, threads=1)
     assert not [value.name for value in session.decoder.get_outputs() if value.name.startswith(READ)]
+
+
+def test_scales_are_calibrated(tiny_bundle):
+    """On other tokens than those of the calibration: larger levels, few clip, and logits are nearer."""
+    tiny = tiny_bundle(context=192, chunk=16, kv="int8")
+    exact = tiny_bundle(context=192, chunk=16).bundle
+    calibrated, errors, levels = tiny.bundle, {}, {}
+    bound = Bundle(with_bounds(tiny.path, tiny.path.with_name("bounds")), calibrated.manifest)
+    expected = rows_of(exact)[0]
+    for name, bundle in (("calibrated", calibrated), ("bound", bound)):
+        rows, caches = rows_of(bundle)
+        errors[name] = np.sqrt(np.square(rows - expected).mean())
+        levels[name] = np.concatenate([np.abs(value.astype(int)).ravel() for value in caches.values()])
+    assert errors["calibrated"] < errors["bound"]
+    assert np.median(levels["calibrated"]) > np.median(levels["bound"])
+    assert (levels["calibrated"] >= 127).mean() < 0.002
+
+
+def rows_of(bundle: Bundle) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    session, rows = Session(bundle, threads=1), []
+    for position, token in enumerate(IDS):
+        session.step(token, position)
+        rows.append(session.logits.copy())
+    return np.array(rows), session.caches.copy(len(IDS))
+
+
+def with_bounds(source: Path, folder: Path) -> Path:
+    """The bundle with the scales that it had before it was calibrated: those of its key norms."""
+    shutil.copytree(source, folder)
+    tensors = load_file(source.parent / "checkpoint" / "model.safetensors")
+    text = read_text_model(source)
+    graph = onnx.load(folder / "decoder.onnx", load_external_data=False)
+    for tensor in graph.graph.initializer:
+        if found := re.fullmatch(r"constants\.(key|value)_scale_(\d+)", tensor.name):
+            layer = text.layers[int(found[2])]
+            norm = next(
+                w for n, w in tensors.items() if n.endswith(f"layers.{layer.index}.self_attn.k_norm.weight")
+            )
+            scales = cache_scales(
+                norm.float().numpy(), text.rope[layer.layer_type], layer.head_dim, layer.kv_heads
+            )
+            tensor.CopyFrom(onnx.numpy_helper.from_array(scales[found[1] == "value"], tensor.name))
+    onnx.save(graph, folder / "decoder.onnx")
+    return folder
