@@ -44,7 +44,7 @@ def install(work: Path) -> Path:
     python = work / "litert" / "bin" / "python"
     if not python.is_file():
         subprocess.run([sys.executable, "-m", "venv", str(work / "litert")], check=True)
-    if subprocess.run([str(python), "-c", "import litert_lm"], capture_output=True).returncode:
+    if subprocess.run([str(python), "-c", "import litert_lm"], capture_output=True, check=False).returncode:
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
     return python
 

@@ -65,7 +65,8 @@ def test_float32_caches_are_read_with_plain_products_and_cut_once_for_all_reader
     assert (len(writers), len(scatters)) == (2, 2)
     assert all(len(node.output) == 3 for node in writers)
     products = graph.nodes("FusedMatMul")
-    scores = [node for node in products if node.input[1] not in graph.initializers]  # others multiply with weights
+    # The others multiply with weights.
+    scores = [node for node in products if node.input[1] not in graph.initializers]
     outputs = graph.nodes("MatMul")
     assert len(scores) == len(outputs) == 4  # three shared layers, and the last one that owns a cache
     cut = [node.input[0] for node in graph.nodes("Slice") if node.input[0].startswith("present.")]
