@@ -22,7 +22,9 @@ def average(first: Path, second: Path, out: Path, *, text: float, audio: float) 
     """Write the average to `out`. Raises ValueError if the checkpoints are not of one shape."""
     one, other = _weights(first), _weights(second)
     if {n: t.shape for n, t in one.items()} != {n: t.shape for n, t in other.items()}:
-        raise ValueError(f"{first} and {second} have not the same tensors; expected two stages of one training")
+        raise ValueError(
+            f"{first} and {second} have not the same tensors; expected two stages of one training"
+        )
     model = new_model(0, ears=any("audio_tower" in name for name in one))
     load_weights(model, first)
     own = model.state_dict()
