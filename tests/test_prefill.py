@@ -32,7 +32,7 @@ PROMPT, CHUNK = 40, 16
 # Against transformers with the same rounding: float sums in another order now and then tip a value to the
 # next of 127 levels.
 SAME_ROUNDING = 0.02
-FAST = ("e2b", "last source sliding, slack", "values are keys", "one layer")
+FAST = ("e2b", "last source sliding, slack", "one layer")
 # Against float products: activations of 8 bits a row and weights of 7 make an error of 1 % in the first
 # layer, and each layer of this random model doubles it. Below layer 5 it stays under 13 %.
 CACHE_ERROR = 0.2
@@ -119,17 +119,17 @@ def session(tiny: Any) -> Session:
     return Session(tiny.bundle)
 
 
-@pytest.mark.parametrize("chunk", [3, 9, 16])
+@pytest.mark.parametrize("chunk", [3, 9, 15])
 def test_where_a_prompt_is_cut_does_not_matter(tiny: Any, session: Session, chunk: int):
     """Activations are rounded row by row. What differs is the order of sums in attention, which now and then
-    tips a value to the next of 127 levels; and rows that the decoder graph runs: the last, and chunks of few.
+    tips a value to the next of 127 levels; and chunks of few rows, which the decoder graph runs.
     """
-    ids = ids_of(50, seed=1)
+    ids = ids_of(45, seed=1)
     run_prompt(session, ids)
-    whole = caches(session, 50)
+    whole = caches(session, 45)
     other = Session(tiny.bundle)
     run_prompt(other, ids, chunk)
-    for name, values in caches(other, 50).items():
+    for name, values in caches(other, 45).items():
         bound = SAME_ROUNDING if chunk > LEAST_PROMPT_ROWS else CACHE_ERROR
         assert relative(values, whole[name]) < bound, name
 
@@ -161,7 +161,7 @@ def test_the_engine_reuses_what_it_filled(tiny: Any):
     one = Engine(tiny.bundle, reuse=ReuseSettings(1 << 24, boundary=lambda keys: 60, least_tokens=8))
     fresh = Engine(tiny.bundle)
     for seed in (5, 6, 7):
-        prompt = beginning + ids_of(20, seed=seed).tolist()
+        prompt = beginning + ids_of(13, seed=seed).tolist()  # no chunk of few rows, from 0 and from 60
         for engine in (one, fresh):
             list(engine.generate(prompt, greedy, max_new_tokens=1))
         wanted = caches(fresh._session, len(prompt))
@@ -185,7 +185,7 @@ def test_guesses_can_be_taken_back(tiny: Any):
         assert np.abs(session.logits - plain.logits).max() < 1e-3
 
 
-@pytest.mark.parametrize("kv", ["int8", "float16"])
+@pytest.mark.parametrize("kv", ["int8", pytest.param("float16", marks=pytest.mark.slow)])
 def test_caches_of_other_types(kv: str, tiny_bundle: Any):
     tiny = tiny_bundle(kv=kv, prefill="int8")
     session, plain = Session(tiny.bundle), Session(shared(tiny.bundle))
