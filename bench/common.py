@@ -8,7 +8,7 @@ import platform
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def machine() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES} | {"onnxruntime": onnxruntime_version()},
     }
 
 
@@ -42,6 +42,15 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+def onnxruntime_version() -> str:
+    """Of the one that is imported, and its distribution: metadata may speak of another."""
+    import onnxruntime
+
+    names = packages_distributions().get("onnxruntime", [])
+    names = [name for name in names if version(name) == onnxruntime.__version__]
+    return f"{onnxruntime.__version__} ({names[0] if names else 'no distribution'})"
 
 
 def print_machine(about: dict[str, Any]) -> None:

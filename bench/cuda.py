@@ -29,16 +29,14 @@ from gemma_edge.runtime.bundle import GREEDY, Bundle, open_bundle
 from gemma_edge.runtime.cuda_session import CudaSession, CudaSettings
 
 FPA = {"ep.cuda.fpa_intb_gemm": "1"}
-NO_MEA = {
-    "sdpa_kernel": "25"
-}  # flash, cuDNN and the plain kernel; not the one that copies keys for each head
-# name -> settings; "captured" ones replay their steps
+MEA = {"sdpa_kernel": "0"}  # whatever ONNX Runtime takes: memory-efficient attention for heads of 512
+# name -> settings; all but the first replay their steps
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": dict(capture=False),
     "captured": dict(),
+    "captured, pick too": dict(capture_pick=True),
+    "captured, memory-efficient attention": dict(provider_options=MEA),
     "captured, weight-only products": dict(config=FPA),
-    "captured, no memory-efficient attention": dict(provider_options=NO_MEA),
-    "captured, both": dict(config=FPA, provider_options=NO_MEA),
 }
 
 
@@ -121,6 +119,8 @@ def main() -> int:
                     f"\n{name}: {found['kernels']:.0f} kernels and {found['copies']:.0f} copies a step, busy "
                     f"{found['busy_ms']:.3f} of {found['step_ms']:.3f} ms"
                 )
+                for name, copy in found["copied"].items():
+                    print(f"  {copy['ms']:.4f} ms  {copy['count']:5.1f} x  {name}")
                 for kernel in found["top"]:
                     print(f"  {kernel['ms']:.4f} ms  {kernel['count']:5.1f} x  {kernel['name'][:110]}")
     nodes = attempt("nodes", lambda: count_nodes(bundle, args))
@@ -156,9 +156,9 @@ def run_variant(bundle: Bundle, args: argparse.Namespace, settings: dict[str, An
     session = open_session(bundle, args, settings)
     open_s = time.perf_counter() - start
     tokens = decode(session, args, args.new_tokens)[1]  # warms up, too
-    clocks = {"decoder": Clock(session.decoder), "embeddings": Clock(session.embeddings)}
+    clocks = {"decoder": Clock(session.decoder), "embeddings": Clock(session._inputs._embeddings)}
     clocks["pick"] = Clock(session._pickers[GREEDY])
-    session.decoder, session.embeddings = clocks["decoder"], clocks["embeddings"]  # type: ignore[assignment]
+    session.decoder, session._inputs._embeddings = clocks["decoder"], clocks["embeddings"]  # type: ignore[assignment]
     session._pickers[GREEDY] = clocks["pick"]  # type: ignore[assignment]
     for clock in clocks.values():
         clock.spent_s = 0.0
@@ -252,7 +252,11 @@ def count_kernels(bundle: Bundle, args: argparse.Namespace, settings: dict[str, 
     by_name: dict[str, list[float]] = defaultdict(list)
     for event in kernels:
         by_name[event["name"]].append(event["dur"])
-    top = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:25]
+    top = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:40]
+    copied: dict[str, list[float]] = defaultdict(list)
+    for event in copies:
+        size = event.get("args", {}).get("bytes", "?")
+        copied[f"{event['name']} {size} bytes"].append(event["dur"])
     busy = sum(event["dur"] for event in (*kernels, *copies)) / 1e3 / count
     return dict(
         kernels=len(kernels) / count,
@@ -261,6 +265,7 @@ def count_kernels(bundle: Bundle, args: argparse.Namespace, settings: dict[str, 
         step_ms=wall / count * 1e3,
         gap_ms=wall / count * 1e3 - busy,
         top=[dict(name=name, count=len(times) / count, ms=sum(times) / count / 1e3) for name, times in top],
+        copied={name: dict(count=len(t) / count, ms=sum(t) / count / 1e3) for name, t in copied.items()},
     )
 
 
@@ -276,7 +281,7 @@ def count_nodes(bundle: Bundle, args: argparse.Namespace) -> dict[str, Any]:
         session.decoder = ort.InferenceSession(str(bundle.cuda_decoder), options, providers=providers)
         exact = type(session._exact)(session, 1, None)
         for position in range(12):
-            session._last_position.update_inplace(np.full((1, 1), position, np.int64))
+            session._inputs.set(5, position)
             exact.run(position + 1)
         events = json.loads(Path(session.decoder.end_profiling()).read_text())
     by_op: dict[str, dict[str, float]] = defaultdict(lambda: {"count": 0.0, "ms": 0.0})

@@ -25,20 +25,27 @@ TILE_BYTES = 32 << 20  # random bytes, repeated
 LEVEL_DEVIATION = {2: 1.12, 4: 4.61, 8: 73.9}  # of uniform levels
 
 
-def make(out: Path, model_name: str, device: str, recipe_name: str, context: int) -> None:
+def make(
+    out: Path, model_name: str, device: str, recipe_name: str, context: int, fused: bool, block: int
+) -> None:
+    import msgspec
     import onnx_ir as ir
 
     from gemma_edge.export.attach import attach
+    from gemma_edge.export.fused import fused_layers
     from gemma_edge.export.pickers import write_pickers
     from gemma_edge.export.plan import DECODER_DATA, EMBEDDINGS_DATA, HEAD, TOKEN_TABLE, inner_type, make_plan
     from gemma_edge.export.recipes import load_recipe
     from gemma_edge.export.sizes import model_of
-    from gemma_edge.export.store import DataFile, StoredWeight, _reserve
+    from gemma_edge.export.store import DataFile, StoredWeight, reserve
     from gemma_edge.export.trace import trace_cuda_decoder, trace_decoder, trace_embeddings
     from gemma_edge.runtime.profile import load_profile
 
     profile, recipe, model = load_profile(device), load_recipe(recipe_name), model_of(model_name)
+    if block:
+        profile = msgspec.structs.replace(profile, block_sizes=dict.fromkeys(profile.block_sizes, block))
     plan = make_plan(model, profile, recipe, context=context)
+    together = fused_layers(plan.weights, recipe) if fused else frozenset()
     out.mkdir(parents=True)
     regions: list[dict[str, Any]] = []
     constants = (out / CONSTANTS).open("wb")
@@ -63,9 +70,9 @@ def make(out: Path, model_name: str, device: str, recipe_name: str, context: int
             return np.full(plan.small[name], value, np.float32)
 
     files = {name: Recorded(out / name) for name in (DECODER_DATA, EMBEDDINGS_DATA)}
-    stored = {}
+    stored, places = {}, reserve(files, plan.weights)
     for weight in plan.weights:
-        place = _reserve(files[weight.file], weight)
+        place = places[weight.name]
         stored[weight.name] = StoredWeight(weight, place.file, place.data_offset, place.scale_offset, None)
         hole = weight.is_table and weight.name not in (TOKEN_TABLE, HEAD)
         if hole:
@@ -91,10 +98,11 @@ def make(out: Path, model_name: str, device: str, recipe_name: str, context: int
                 )
             )
     graphs = {"embeddings.onnx": trace_embeddings(model)}
-    graphs["decoder.onnx"] = trace_decoder(model, plan.caches, inner_type(profile))
     if profile.execution_provider == "cuda":
-        graphs["decoder_cuda.onnx"] = trace_cuda_decoder(model, plan.caches, inner_type(profile))
+        graphs["decoder_cuda.onnx"] = trace_cuda_decoder(model, plan.caches, inner_type(profile), together)
         write_pickers(out, model.geometry.vocab_size)
+    else:
+        graphs["decoder.onnx"] = trace_decoder(model, plan.caches, inner_type(profile))
     for name, traced in graphs.items():
         graph = attach(traced, stored, Checkpoint(), files[DECODER_DATA], head=plan.head, recipe=recipe)  # type: ignore[arg-type]
         ir.save(graph, out / name)
@@ -184,13 +192,15 @@ def main() -> int:
     making.add_argument("--device", default="jetson-orin-nano-8gb")
     making.add_argument("--recipe", default="int4")
     making.add_argument("--context", type=int, default=4096)
+    making.add_argument("--block", type=int, default=0, help="values that share a scale; 0: the profile's")
+    making.add_argument("--apart", action="store_true", help="queries, keys and values as three products")
     making.add_argument("out", type=Path)
     filling = commands.add_parser("fill")
     filling.add_argument("skeleton", type=Path)
     filling.add_argument("out", type=Path)
     args = parser.parse_args()
     if args.command == "make":
-        make(args.out, args.model, args.device, args.recipe, args.context)
+        make(args.out, args.model, args.device, args.recipe, args.context, not args.apart, args.block)
     else:
         fill(args.skeleton, args.out)
     return 0

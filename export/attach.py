@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
 
 from .checkpoint import Checkpoint
+from .fused import fused
 from .modules.ops import LINEAR, PLACEHOLDER_DOMAIN, TABLE
 from .plan import HEAD
 from .qat import INPUT_SCALE, OUTPUT_SCALE
@@ -65,7 +67,8 @@ def _replace(
     weight, other = node.inputs[weight_index], node.inputs[1 - weight_index]
     assert weight is not None and weight.name is not None and other is not None
     in_half = weight.dtype == ir.DataType.FLOAT16
-    entry = stored[head if weight.name == HEAD else weight.name]
+    names = [value.name for value in node.inputs[1:]] if node.op_type == LINEAR else [weight.name]
+    entry = _entry([stored[head if name == HEAD else name] for name in names if name is not None])
     if node.op_type == TABLE:
         nodes = _table(graph, other, entry)
     elif recipe.activation_scales:
@@ -84,6 +87,19 @@ def _replace(
     new.name, new.shape, new.type = old.name, old.shape, old.type
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     graph.remove(node, safe=True)
+
+
+def _entry(parts: list[StoredWeight]) -> StoredWeight:
+    """One weight, or the matrix that several make together: their bytes follow each other."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    for part, following in pairwise(parts):
+        assert following.data_offset == part.data_offset + part.planned.data_bytes
+        if part.scale_offset is not None:
+            assert following.scale_offset == part.scale_offset + part.planned.scale_bytes
+    planned = fused([part.planned for part in parts])
+    return StoredWeight(planned, first.file, first.data_offset, first.scale_offset, None)
 
 
 def _linear(

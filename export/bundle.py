@@ -47,6 +47,7 @@ from .audio_settings import describe_audio
 from .cache_calibration import calibrate
 from .checkpoint import Checkpoint, open_checkpoint
 from .drafter import PreparedDrafter, prepare_drafter, write_drafter
+from .fused import fused_layers
 from .genai_audio import write_audio_variant
 from .geometry import TextModel, read_config, read_text_model
 from .pickers import write_pickers
@@ -82,6 +83,7 @@ class Job:
     force: bool = False
     audio: bool = True  # False leaves the audio encoder out
     drafter: CheckpointSource | None = None
+    fused: bool = True  # on CUDA, products of one input are one where they can be
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,8 @@ def _write_graphs(
         "decoder.onnx": trace_decoder(model, plan.caches, inner, prepared.drafter is not None),
     }
     if prepared.job.profile.execution_provider == "cuda":
-        graphs[CUDA_DECODER] = trace_cuda_decoder(model, plan.caches, inner)
+        together = fused_layers(plan.weights, prepared.job.recipe) if prepared.job.fused else frozenset()
+        graphs[CUDA_DECODER] = trace_cuda_decoder(model, plan.caches, inner, together)
         write_pickers(folder, model.geometry.vocab_size)
     with (
         DataFile(folder / DECODER_DATA) as decoder_data,

@@ -21,6 +21,7 @@ import onnx_ir as ir
 from ..runtime.bundle import Quantized
 from ..runtime.machine import usable_cpus
 from .checkpoint import Checkpoint, TensorEntry
+from .fused import groups
 from .pieces import PIECE_VALUES, ChannelPiece, Done, Piece, process
 from .plan import ChannelWeight, PlannedWeight
 from .qat_rows import HeldTensors, find_held
@@ -110,7 +111,7 @@ def store_weights(
     files: by the name that the plan has. workers: processes, 0 for none; by default one for each CPU if there
     is work for them.
     """
-    regions = {weight.name: _reserve(files[weight.file], weight) for weight in weights}
+    regions = reserve(files, weights)
     pieces = (
         (region.planned.name, piece)
         for region in regions.values()
@@ -196,10 +197,19 @@ class _Region:
     scale_offset: int | None
 
 
-def _reserve(file: DataFile, planned: PlannedWeight) -> _Region:
-    data_offset = file.reserve(planned.data_bytes)
-    scale_offset = None if planned.storage.is_float else file.reserve(planned.scale_bytes)
-    return _Region(planned, file, data_offset, scale_offset)
+def reserve(files: Mapping[str, DataFile], weights: Sequence[PlannedWeight]) -> dict[str, _Region]:
+    """A place for each weight; those that may be one matrix lie one after the other, as their scales do."""
+    regions: dict[str, _Region] = {}
+    for group in groups(weights):
+        file, quantized = files[group[0].file], not group[0].storage.is_float
+        position = file.reserve(sum(weight.data_bytes for weight in group))
+        scale_position = file.reserve(sum(weight.scale_bytes for weight in group)) if quantized else None
+        for weight in group:
+            regions[weight.name] = _Region(weight, file, position, scale_position)
+            position += weight.data_bytes
+            if scale_position is not None:
+                scale_position += weight.scale_bytes
+    return regions
 
 
 def _source(checkpoint: Checkpoint, planned: PlannedWeight | ChannelWeight) -> TensorEntry | HeldTensors:

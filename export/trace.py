@@ -93,12 +93,14 @@ def trace_decoder(
     return Traced(graph, _makers(module.constants))
 
 
-def trace_cuda_decoder(model: TextModel, caches: Caches, inner: torch.dtype) -> Traced:
-    """The decoder as our own engine runs it on CUDA: `CudaDecoder`."""
+def trace_cuda_decoder(
+    model: TextModel, caches: Caches, inner: torch.dtype, fused: frozenset[int] = frozenset()
+) -> Traced:
+    """The decoder as our own engine runs it on CUDA: `CudaDecoder`. fused: as there."""
     shape = model.geometry
     width = shape.num_hidden_layers * shape.hidden_size_per_layer_input
     with _fake_tensors():
-        module = CudaDecoder(model, context=caches.context, kv_dtype=caches.dtype, inner=inner)
+        module = CudaDecoder(model, context=caches.context, kv_dtype=caches.dtype, inner=inner, fused=fused)
         module.eval().requires_grad_(False)
         past = _past(caches)
         example = (

@@ -32,11 +32,15 @@ from .sampler import Picks
 from .session import check_caches, open_graph
 
 FIRST_BOUND, BOUND_STEP = 1024, 2  # tokens; each bound is so many times the one before
+INPUT_ALIGNMENT_BYTES = 256
 NOT_CAPTURED = "-1"  # gpu_graph_id of a run that is neither captured nor replayed
 
 DEVICE = "cuda"
 PROVIDER_OPTIONS = {
     "arena_extend_strategy": "kSameAsRequested",  # on a Jetson what the arena keeps is everybody's memory
+    # Flash, cuDNN and the plain kernel. Not the memory-efficient one, which copies keys for each query head
+    # of a group: heads of 512, which flash does not take, are four times faster on the plain kernel.
+    "sdpa_kernel": "25",
 }
 
 
@@ -45,6 +49,7 @@ class CudaSettings:
     """How to run; benchmarks and tests try others than the defaults."""
 
     capture: bool = True
+    capture_pick: bool = False  # the search for the best id is captured too
     provider_options: Mapping[str, str] = field(default_factory=dict)  # of the decoder's CUDA provider
     config: Mapping[str, str] = field(default_factory=dict)  # of the decoder's session
     device: str = DEVICE  # "cpu": the same graph and bindings without a GPU, for tests
@@ -73,18 +78,16 @@ class CudaSession:
         self.caches = KvCaches(manifest.caches, settings.device, window=self._window)
         check_caches(bundle.cuda_decoder, self.decoder, self.caches)
         self.embeddings = open_graph(bundle.embeddings, 1, "cpu")
+        picks = self._captures and settings.capture_pick
         self._pickers = {
-            name: self._open(bundle.path / name, settings, captures=False) for name in (GREEDY, TOP)
+            name: self._open(bundle.path / name, settings, captures=picks and name == GREEDY)
+            for name in (GREEDY, TOP)
         }
         self._vocab_size = manifest.geometry.vocab_size
 
         # Of the embeddings graph: inputs_embeds (1, S, hidden), per_layer_inputs (1, S, layers * width).
         self._names = [value.name for value in self.embeddings.get_outputs()]
-        self._ids = np.zeros((1, 1), np.int64)
-        self._step_inputs = {
-            value.name: self._zeros((1, 1, value.shape[2]), np.float32)
-            for value in self.embeddings.get_outputs()
-        }
+        self._inputs = _StepInputs(self.embeddings, self._device)
         self._last_position = self._zeros((1, 1), np.int64)
         self._logits = self._zeros((1, 1, self._vocab_size), np.float32)
         self._fetched: npt.NDArray[np.floating] | None = None  # logits on the host, once asked for
@@ -94,6 +97,8 @@ class CudaSession:
         self._best, self._top = self._bind_pickers()
         for step in self._steps.values():
             step.run()
+        if picks:
+            self.best()
 
     @property
     def picks(self) -> Picks:
@@ -144,6 +149,7 @@ class CudaSession:
             binding.bind_ortvalue_input(name, value)
         self._last_position.update_inplace(np.full((1, 1), total - 1, np.int64))
         lengths = self._lengths(total)
+        binding.bind_ortvalue_input("last_position", self._last_position)
         self._bind_state(binding, lengths)
         self._run(binding, None)
         if last and np.isnan(self.logits[0]):
@@ -153,12 +159,7 @@ class CudaSession:
         """Run one id at `position`; sets the logits after it."""
         if draft:
             raise ValueError(f"draft: expected no guesses on CUDA, got {len(draft)}")
-        self._ids[0, 0] = token
-        for name, row in zip(
-            self._names, self.embeddings.run(self._names, {"input_ids": self._ids}), strict=True
-        ):
-            self._step_inputs[name].update_inplace(row)
-        self._last_position.update_inplace(np.full((1, 1), position, np.int64))
+        self._inputs.set(token, position)
         for bound in self._bounds:
             if position < bound:
                 self._steps[bound].run()
@@ -177,7 +178,6 @@ class CudaSession:
         }
 
     def _bind_state(self, binding: ort.IOBinding, lengths: Mapping[str, npt.NDArray[np.int32]]) -> None:
-        binding.bind_ortvalue_input("last_position", self._last_position)
         for name, value in lengths.items():  # uncopied: they must outlive the run
             binding.bind_input(name, "cpu", 0, value.dtype, (), value.ctypes.data)
         self.caches.bind(binding)
@@ -214,6 +214,41 @@ class CudaSession:
         )
 
 
+class _StepInputs:
+    """What changes from step to step: rows of the embedding tables and the position, copied in one piece."""
+
+    def __init__(self, embeddings: ort.InferenceSession, device: str) -> None:
+        self._embeddings, self._device = embeddings, device
+        self._ids = np.zeros((1, 1), np.int64)
+        self._lookup = embeddings.io_binding()
+        self._lookup.bind_input("input_ids", "cpu", 0, np.int64, (1, 1), self._ids.ctypes.data)
+        # name -> type, shape, offset in bytes
+        self._places: dict[str, tuple[type[np.generic], tuple[int, ...], int]] = {
+            "last_position": (np.int64, (1, 1), 0)
+        }
+        end = INPUT_ALIGNMENT_BYTES
+        for value in embeddings.get_outputs():
+            shape = (1, 1, value.shape[2])
+            self._places[value.name] = np.float32, shape, end
+            end += -(-4 * value.shape[2] // INPUT_ALIGNMENT_BYTES) * INPUT_ALIGNMENT_BYTES
+        self._host = np.zeros(end // 4, np.float32)
+        self._there = ort.OrtValue.ortvalue_from_numpy(self._host, device, 0)
+        self._position = self._host[:2].view(np.int64)
+        for name, (dtype, shape, offset) in self._places.items():
+            if name != "last_position":
+                self._lookup.bind_output(name, "cpu", 0, dtype, shape, self._host.ctypes.data + offset)
+
+    def set(self, token: int, position: int) -> None:
+        self._ids[0, 0], self._position[0] = token, position
+        self._embeddings.run_with_iobinding(self._lookup)
+        self._there.update_inplace(self._host)
+
+    def bind(self, binding: ort.IOBinding) -> None:
+        """The decoder's inputs."""
+        for name, (dtype, shape, offset) in self._places.items():
+            binding.bind_input(name, self._device, 0, dtype, shape, self._there.data_ptr() + offset)
+
+
 class _Step:
     """The binding of a decode step, and how it is run: captured for totals up to a bound, or as it is."""
 
@@ -222,8 +257,7 @@ class _Step:
         self._session, self._number = session, number
         self._lengths = session._lengths(bound)
         self._binding = session.decoder.io_binding()
-        for name, value in session._step_inputs.items():
-            self._binding.bind_ortvalue_input(name, value)
+        session._inputs.bind(self._binding)
         session._bind_state(self._binding, self._lengths)
         self._options = ort.RunOptions()
         self._options.add_run_config_entry("gpu_graph_id", NOT_CAPTURED if number is None else str(number))

@@ -5,6 +5,7 @@ The kernels themselves are checked by `make test-cuda`.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from transformers import Gemma4ForCausalLM
 
 from gemma_edge.export import bundle as bundle_module
+from gemma_edge.export import fused as fused_module
 from gemma_edge.export import plan as plan_module
 from gemma_edge.export.bundle import Job, prepare, write_bundle
 from gemma_edge.export.pickers import pieces_of
@@ -29,6 +31,7 @@ from gemma_edge.runtime.profile import load_profile
 from gemma_edge.runtime.sampler import Sampler, SamplingParams
 from gemma_edge.runtime.sessions import open_session
 
+from .cuda.checks import compare
 from .support.tiny_checkpoint import write_tiny_checkpoint
 
 IDS = np.random.default_rng(5).integers(3, 500, 70)
@@ -79,7 +82,8 @@ def run(session: CudaSession) -> dict[int, np.ndarray]:
 
 
 def test_the_form_is_exact(checkpoint, expected, tmp_path, monkeypatch):
-    """In float32 the graph for CUDA gives transformers' logits."""
+    """In float32 the graph for CUDA gives transformers' logits, also with queries, keys and values in one."""
+    monkeypatch.setattr(fused_module, "INNERS", ("float32",))
     for module in (plan_module, bundle_module):
         monkeypatch.setattr(module, "inner_type", lambda profile: torch.float32)
     session = open_on_cpu(export(checkpoint, tmp_path / "wide", dtype="float32"))
@@ -99,7 +103,7 @@ def test_float16_costs_no_more_than_in_transformers(session, expected):
 def test_what_has_no_bound_is_float32(session):
     graph = ir.load(session_path(session)).graph
     types = {value.name: value.dtype for value in graph.initializers.values()}
-    assert types["layers.0.self_attn.q_norm.weight"] == ir.DataType.FLOAT16
+    assert types["constants.qkv_norm_0"] == ir.DataType.FLOAT16
     assert types["layers.0.post_feedforward_layernorm.weight"] == ir.DataType.FLOAT
     assert {value.dtype for value in graph.inputs if value.name.startswith("past")} == {ir.DataType.FLOAT16}
     assert {value.dtype for value in graph.outputs if value.name == "logits"} == {ir.DataType.FLOAT}
@@ -149,3 +153,41 @@ def test_a_bundle_for_cuda_is_refused_without_cuda(session, tmp_path):
 def test_caches_must_be_float16(checkpoint, tmp_path):
     with pytest.raises(ConfigError, match="expected float16"):
         export(checkpoint, tmp_path / "bundle", dtype="int8")
+
+
+def halves(expected) -> dict[str, Any]:
+    """What `cuda.cases` stores, but for runs with moved weights."""
+    want, half = expected(torch.float32), expected(torch.float16)
+    errors = np.sqrt(np.mean((half - want) ** 2, axis=1))
+    flips = (half.argmax(1) != want.argmax(1)).mean()
+    return dict(logits=want, half_error=np.sqrt(np.mean(errors**2)), half_errors=errors, half_flips=flips)
+
+
+def test_the_yardstick_passes_this_graph_and_no_other(session, expected, tmp_path):
+    """A window of half the width and caches that are another layer's must not pass as float16's errors."""
+    reference = halves(expected)
+    compare(run(session), reference)
+    for spoil in (narrow_window, other_caches):
+        folder = tmp_path / spoil.__name__
+        shutil.copytree(Path(session_path(session)).parent, folder)
+        graph = ir.load(folder / "decoder_cuda.onnx")
+        spoil([node for node in graph.graph if node.op_type == "GroupQueryAttention"])
+        ir.save(graph, folder / "decoder_cuda.onnx")
+        with pytest.raises(AssertionError, match=r"largest logit|error"):
+            compare(run(open_on_cpu(folder)), reference)
+
+
+def narrow_window(attentions: list[ir.Node]) -> None:
+    for node in attentions:
+        window = node.attributes["local_window_size"].as_int()
+        if window > 0 and "sliding_window_cache" not in node.attributes:
+            node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", window // 2)
+
+
+def other_caches(attentions: list[ir.Node]) -> None:
+    """Readers of one cache take keys as values and values as keys."""
+    for node in attentions:
+        if "sliding_window_cache" not in node.attributes and len(node.outputs) == 1:
+            keys, values = node.inputs[3], node.inputs[4]
+            node.replace_input_with(3, values)
+            node.replace_input_with(4, keys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 
 import numpy as np
@@ -41,10 +42,13 @@ class Attention(nn.Module):
         self, x: Tensor, past: Cache, step: Step, *, keeps: bool = False
     ) -> tuple[Tensor, Cache]:
         """All S rows of x write the cache and attend. keeps: return the kept rows only."""
-        key, value = self._keys_and_values(x, step)
-        output, keys, values = self._attend(
-            self._query(x, step), key, value, past, step.written, step, writes=True
-        )
+        key: Tensor | None
+        value: Tensor | None
+        if self.layer.index in step.fused:
+            query, key, value = self._all_in_one(x, step), None, None
+        else:
+            query, (key, value) = self._query(x, step), self._keys_and_values(x, step)
+        output, keys, values = self._attend(query, key, value, past, step.written, step, writes=True)
         return self.o_proj(step.kept.of(output) if keeps else output), (keys, values)
 
     def write(self, x: Tensor, past: Cache, step: Step) -> Cache:
@@ -88,6 +92,17 @@ class Attention(nn.Module):
         )
         output = attend(grouped, reads.used(self.layer, cache), reads.bias(self.layer.is_sliding))
         return ops.reshape(output, step.constants[f"merge_{self.heads * head_dim}"], query.shape)
+
+    def _all_in_one(self, x: Tensor, step: Step) -> Tensor:
+        """Queries, keys and values side by side: one product, and one norm with a weight for each head."""
+        assert self.v_proj is not None
+        product = ops.fused_linear(x, (self.q_proj, self.k_proj, self.v_proj))
+        heads, head_dim = self.heads + 2 * self.layer.kv_heads, self.layer.head_dim
+        by_head = ops.reshape(
+            product, step.constants[f"rows_{heads}x{head_dim}"], (x.shape[1], heads, head_dim)
+        )
+        normed = ops.rms_norm(by_head, step.constants[f"qkv_norm_{self.layer.index}"], self.eps)
+        return ops.reshape(normed, step.constants[f"flat_{heads * head_dim}"], product.shape)
 
     def _query(self, x: Tensor, step: Step) -> Tensor:
         return self._norm_heads(self.q_proj(x), self.q_norm.weight, self.heads, step)
@@ -135,8 +150,8 @@ class Attention(nn.Module):
     def _attend(
         self,
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
         past: Cache,
         lengths: Lengths,
         step: Step,
@@ -194,6 +209,28 @@ def declare_attention_constants(
                 scale_shape = (1, layer.kv_heads, 1, head_dim)
                 make = partial(_scale_part, layer, rope, part)
                 constants.declare(f"{name}_scale_{layer.index}", scale_shape, torch.float32, make)
+
+
+def declare_fused_constants(
+    constants: Constants, model: TextModel, fused: Iterable[int], inner: torch.dtype
+) -> None:
+    """For layers whose queries, keys and values are one product."""
+    for index in fused:
+        layer = model.layers[index]
+        heads = model.geometry.num_attention_heads + 2 * layer.kv_heads
+        shape = (1, heads, layer.head_dim)
+        make = partial(_norm_weights, index, layer.kv_heads, shape)
+        constants.declare(f"qkv_norm_{index}", shape, inner, make)
+        constants.integers(f"rows_{heads}x{layer.head_dim}", -1, heads, layer.head_dim)
+        constants.integers(f"flat_{heads * layer.head_dim}", 1, -1, heads * layer.head_dim)
+
+
+def _norm_weights(index: int, kv_heads: int, shape: tuple[int, int, int], read: ReadTensor) -> np.ndarray:
+    """(1, heads, head_dim): the weight of each head's norm; values have none."""
+    weights = np.ones(shape, np.float32)
+    weights[:, : -2 * kv_heads] = read(f"layers.{index}.self_attn.q_norm.weight")
+    weights[:, -2 * kv_heads : -kv_heads] = read(f"layers.{index}.self_attn.k_norm.weight")
+    return weights
 
 
 def _rope_part(rope: Rope, head_dim: int, context: int, part: int, read: ReadTensor) -> np.ndarray:

@@ -7,6 +7,7 @@ It differs from `Decoder` in form, not in what it computes:
   no zero rows. A chunk that is not a prompt's last runs that row too; it costs about one decode step.
 - The last layer that owns a cache attends with all rows and keeps one, instead of writing apart: that is
   fewer kernels.
+- Queries, keys and values of a layer are one product and one norm, where their weights are stored alike.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from ...runtime.bundle import KvDtype
 from ..geometry import TextModel
 from . import ops
-from .attention import Cache
+from .attention import Cache, declare_fused_constants
 from .constants import Constants
 from .decoder import Decoder, DecoderLayer
 from .step import Step
@@ -50,9 +51,18 @@ class CudaDecoder(Decoder):
     """The same weights and constants under the same names."""
 
     def __init__(
-        self, model: TextModel, *, context: int, kv_dtype: KvDtype, inner: torch.dtype = torch.float16
+        self,
+        model: TextModel,
+        *,
+        context: int,
+        kv_dtype: KvDtype,
+        inner: torch.dtype = torch.float16,
+        fused: frozenset[int] = frozenset(),
     ) -> None:
+        """fused: layers whose queries, keys and values are one product."""
         super().__init__(model, context=context, kv_dtype=kv_dtype, inner=inner)
+        self.fused = fused
+        declare_fused_constants(self.constants, model, sorted(fused), inner)
         self.constants.integers(LAST, -1)
         self.constants.integers("vector_shape", 1)
         last_in_window = model.geometry.sliding_window - 1
@@ -79,6 +89,7 @@ class CudaDecoder(Decoder):
             written=(last, total_length),
             read_full=(last, total_length),
             read_sliding=(torch.minimum(last, self.constants["last_in_window"]), window_length),
+            fused=self.fused,
         )
         return self.run(inputs_embeds, per_layer_inputs, step, past)
 

@@ -36,6 +36,14 @@ class Linear(nn.Module):
         )
 
 
+def fused_linear(x: Tensor, parts: Sequence[Linear]) -> Tensor:
+    """Several products of one x, one after the other along the last axis."""
+    weights = [part.weight for part in parts]
+    assert all(weight.dtype == x.dtype for weight in weights)
+    shape = (*x.shape[:-1], sum(weight.shape[0] for weight in weights))
+    return symbolic(f"{PLACEHOLDER_DOMAIN}::{LINEAR}", (x, *weights), dtype=x.dtype, shape=shape, version=1)
+
+
 class Table(nn.Module):
     """Rows of an embedding table, W: (rows, width)."""
 
@@ -191,8 +199,8 @@ def rotary(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, heads: int) -
 
 def group_query_attention(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
     past: tuple[Tensor, Tensor],
     lengths: tuple[Tensor, Tensor],
     rope: tuple[Tensor, Tensor],
@@ -207,6 +215,7 @@ def group_query_attention(
 ) -> tuple[Tensor, ...]:
     """Rotary attention over a cache, scale 1. Returns (output,) or, if it `writes`, (output, keys, values).
 
+    query: with neither key nor value, all three one after the other.
     lengths: (tokens in the cache after this step - 1) as (1,) int32, and that plus one as a scalar.
     evicts: the cache is window-sized and the operator drops what left the window.
     scales: of an int8 cache, (1, kv_heads, 1, head_dim) each.
@@ -222,14 +231,17 @@ def group_query_attention(
     while inputs[-1] is None:
         inputs.pop()
     # The CPU operator wants somewhere to put an int8 cache even if it writes nothing: an unread copy.
+    width = query.shape[-1] if key is not None else heads * past[0].shape[-1]
+    shapes = [(*query.shape[:-1], width)]
     outputs = (query, *past) if writes or scales is not None else (query,)
+    shapes += [cache.shape for cache in outputs[1:]]
     return tuple(
         symbolic_multi_out(
             "com.microsoft::GroupQueryAttention",
             tuple(inputs),
             attrs=attrs,
             dtypes=tuple(output.dtype for output in outputs),
-            shapes=tuple(output.shape for output in outputs),
+            shapes=shapes,
             version=1,
         )
     )[: 3 if writes else 1]

@@ -88,6 +88,7 @@ class Step:
     read_full: Lengths  # for kept rows over a full-attention cache
     read_sliding: Lengths  # for kept rows over a window-sized cache, counted in its own rows
     reads: CacheReads | None = None  # for kept rows over float32 caches on a CPU
+    fused: frozenset[int] = frozenset()  # layers whose queries, keys and values are one product
 
 
 def declare_step_constants(constants: Constants) -> None:

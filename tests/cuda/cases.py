@@ -3,9 +3,9 @@
     python -m tests.cuda.cases FOLDER        # some minutes; needs torch, transformers and export's packages
 
 The folder is a few megabytes and can be carried to the machine with the GPU, which then needs the runtime's
-packages only. Logits are transformers' in float32, or, for quantized weights, those of the same weights in
-our float32 graph on the CPU, which the default tests hold against transformers. Beside them stands how far
-transformers itself is off when it computes in float16: that is what float16 costs on this model.
+packages only. Logits are transformers' in float32, with the weights that the bundle holds: quantized ones as
+they come back. Beside them stands how far transformers itself is off, at each position, when it computes in
+float16: that is what float16 costs on this model and text.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import msgspec
 import numpy as np
 
 S, F = "sliding_attention", "full_attention"
+JITTERS = 3  # more runs in float16, with weights that are moved by a rounding: how sensitive each position is
 NANO = Path(__file__).parents[2] / "models" / "nano"
 KEPT = (
     "decoder_cuda.onnx",
@@ -63,6 +64,7 @@ class Case:
     chunk: int = 16
     context: int = 2048
     product: float = 1.0  # how much larger than usual the MLP's products are
+    fused: bool = True  # queries, keys and values in one product
 
 
 CASES: dict[str, Case] = {
@@ -111,6 +113,7 @@ CASES: dict[str, Case] = {
     "window beyond the text": Case(model=dict(sliding_window=200)),
     "heads of E2B": Case(model=HEADS, tokens=300, chunk=100),
     "heads of E2B, int4": Case("int4", HEADS, tokens=300, chunk=100),
+    "heads of E2B, int4, three products": Case("int4", HEADS, tokens=300, chunk=100, fused=False),
     "heads of E2B, 2 bits": Case("two-bits", HEADS, tokens=300, chunk=100),
     "across two bounds": Case("int4", HEADS | dict(seed=3), tokens=1100, chunk=512, context=2048),
     "large activations": Case("int4", HEADS, tokens=150, chunk=100, product=30_000.0),
@@ -137,42 +140,82 @@ def prepare(out: Path, *, nano_prompts: int = 20) -> None:
 
 
 def prepare_case(folder: Path, case: Case, two_bits: Path) -> None:
+    scratch = folder / "scratch"
+    recipe = str(two_bits) if case.recipe == "two-bits" else case.recipe
+    checkpoint, reference = make_reference(scratch, case, recipe)
+    export(checkpoint, scratch / "cuda", recipe, case)
+    keep(scratch / "cuda", folder, KEPT)
+    np.savez(folder / "reference.npz", **reference)
+    shutil.rmtree(scratch)
+
+
+def make_reference(scratch: Path, case: Case, recipe: str) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint, and what the checks compare with."""
     import torch
     from transformers import Gemma4ForCausalLM
 
     from ..support.tiny_checkpoint import write_tiny_checkpoint
 
-    scratch = folder / "scratch"
     seed = case.model.get("seed", 7)
     overrides = {name: value for name, value in case.model.items() if name != "seed"}
     checkpoint = write_tiny_checkpoint(scratch / "checkpoint", seed=seed, **overrides)
     ids = torch.randint(3, 500, (1, case.tokens), generator=torch.Generator().manual_seed(5))
+    stored = as_stored(checkpoint, prepared(checkpoint, scratch / "cuda", recipe, case).plan)
 
-    def logits(dtype: torch.dtype) -> np.ndarray:
+    def logits(dtype: torch.dtype, jitter: int | None = None) -> np.ndarray:
         model = Gemma4ForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
+        for name, values in stored.items():
+            model.get_parameter(f"model.{name}" if name != "lm_head.weight" else name).data.copy_(values)
+        if jitter is not None:
+            move(model, jitter)
         with torch.no_grad():
             return model(ids, output_hidden_states=True).logits[0].float().numpy()
 
-    half_error = float(np.sqrt(np.mean((logits(torch.float16) - logits(torch.float32)) ** 2)))
+    exact = logits(torch.float32)
+    halves = [logits(torch.float16)] + [logits(torch.float16, jitter=seed) for seed in range(JITTERS)]
+    errors = [np.sqrt(np.mean((half - exact) ** 2, axis=1)) for half in halves]  # (tokens,) each
+    flips = [(half.argmax(1) != exact.argmax(1)).mean() for half in halves]
     if case.product != 1:  # the same model, but for what float16 can hold
         enlarge(checkpoint, case.product)
+        stored = as_stored(checkpoint, prepared(checkpoint, scratch / "cuda", recipe, case).plan)
         assert not np.isfinite(logits(torch.float16)).all(), "nothing overflows; take a larger product"
-    exact = logits(torch.float32)
-    recipe = str(two_bits) if case.recipe == "two-bits" else case.recipe
-    export(checkpoint, scratch / "cuda", recipe, case, on_cuda=True)
-    reference = exact
-    if case.recipe != "fp16":
-        export(checkpoint, scratch / "cpu", recipe, case, on_cuda=False)
-        reference = cpu_logits(scratch / "cpu", ids[0].numpy())
-    keep(scratch / "cuda", folder, KEPT)
-    np.savez(
-        folder / "reference.npz",
+        exact = logits(torch.float32)
+    return checkpoint, dict(
         ids=ids[0].numpy(),
-        logits=reference.astype(np.float32),
-        half_error=half_error,
+        logits=exact.astype(np.float32),
+        half_error=np.sqrt(np.mean(errors[0] ** 2)),
+        half_errors=np.max(errors, axis=0),
+        half_flips=max(flips),
         chunk=case.chunk,
     )
-    shutil.rmtree(scratch)
+
+
+def move(model: Any, seed: int) -> None:
+    """Move every weight by up to a unit in the last place of a float16."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        noise = 2 * torch.rand(parameter.shape, generator=generator) - 1
+        parameter.data.copy_(parameter.data.float() * (1 + 2**-10 * noise))
+
+
+def as_stored(checkpoint: Path, plan: Any) -> dict[str, Any]:
+    """The quantized weights as they come back, by canonical name."""
+    import torch
+
+    from gemma_edge.export.checkpoint import open_checkpoint
+    from gemma_edge.export.quantize import dequantize_rows, quantize_rows
+
+    source, found = open_checkpoint(checkpoint), {}
+    for weight in plan.weights:
+        storage = weight.storage
+        if not storage.is_float:
+            rows = source.read(weight.name)
+            packed = quantize_rows(rows, bits=storage.bits, block=storage.block, method=storage.method)
+            values = dequantize_rows(packed.packed, packed.scales, bits=storage.bits, width=weight.shape[1])
+            found[weight.name] = torch.from_numpy(values)
+    return found
 
 
 def enlarge(checkpoint: Path, factor: float) -> None:
@@ -187,8 +230,8 @@ def enlarge(checkpoint: Path, factor: float) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def export(checkpoint: Path, out: Path, recipe: str, case: Case, *, on_cuda: bool) -> None:
-    from gemma_edge.export.bundle import Job, prepare, write_bundle
+def prepared(checkpoint: Path, out: Path, recipe: str, case: Case, *, on_cuda: bool = True) -> Any:
+    from gemma_edge.export.bundle import Job, prepare
     from gemma_edge.export.recipes import load_recipe
     from gemma_edge.export.source import find_checkpoint
     from gemma_edge.runtime.profile import load_profile
@@ -201,21 +244,14 @@ def export(checkpoint: Path, out: Path, recipe: str, case: Case, *, on_cuda: boo
             execution_provider="cpu",
             kv_cache=msgspec.structs.replace(profile.kv_cache, dtype="float32"),
         )
-    job = Job(find_checkpoint(str(checkpoint)), profile, rules, case.context, out)
-    write_bundle(prepare(job))
+    job = Job(find_checkpoint(str(checkpoint)), profile, rules, case.context, out, fused=case.fused)
+    return prepare(job)
 
 
-def cpu_logits(bundle: Path, ids: np.ndarray) -> np.ndarray:
-    """After every token, in float32."""
-    from gemma_edge.runtime.bundle import open_bundle
-    from gemma_edge.runtime.session import Session
+def export(checkpoint: Path, out: Path, recipe: str, case: Case, *, on_cuda: bool = True) -> None:
+    from gemma_edge.export.bundle import write_bundle
 
-    session = Session(open_bundle(bundle), threads=1)
-    rows = []
-    for position, token in enumerate(ids.tolist()):
-        session.step(token, position)
-        rows.append(session.logits.copy())
-    return np.array(rows)
+    write_bundle(prepared(checkpoint, out, recipe, case, on_cuda=on_cuda))
 
 
 def keep(bundle: Path, folder: Path, names: tuple[str, ...]) -> None:
@@ -244,7 +280,7 @@ def prepare_audio(folder: Path) -> None:
     scratch = folder / "scratch"
     one_layer = dict(num_hidden_layers=1, layer_types=[F], num_kv_shared_layers=0)
     checkpoint = write_tiny_checkpoint(scratch / "checkpoint", seed=0, audio=TINY, **one_layer)
-    export(checkpoint, scratch / "bundle", "int4", Case(), on_cuda=True)
+    export(checkpoint, scratch / "bundle", "int4", Case())
     for name in (*AUDIO, "audio_encoder.onnx"):
         shutil.copyfile(scratch / "bundle" / name, folder / name)
     frames = random_frames(203, 128)[None]
@@ -262,7 +298,7 @@ def prepare_nano(folder: Path, count: int) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     scratch = folder / "scratch"
     case = Case(chunk=256, context=4096)
-    export(NANO, scratch / "cuda", "int4", case, on_cuda=True)
+    export(NANO, scratch / "cuda", "int4", case)
     export(NANO, scratch / "cpu", "int4", case, on_cuda=False)
     keep(scratch / "cuda", folder, KEPT)
     encoder = Encoder(NANO)

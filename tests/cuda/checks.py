@@ -3,14 +3,18 @@
 **Tolerance.** Float16 has no single error bound: attention with scale 1 makes small differences large. So
 the yardstick is transformers itself: `half_error` is the root mean square by which its float16 logits differ
 from its float32 ones, on the same weights and text. A CUDA bundle may differ by `ALLOWED` times that (its
-kernels also add halves up in halves), but by at least `FLOOR` of the logits' spread. The largest logit must
-be the reference's wherever that leads by more than six times the error measured.
+kernels also add halves up in halves), but by at least `FLOOR` of the logits' spread.
+
+Errors are not spread evenly: where attention hesitates between two tokens, a rounding decides. So the largest
+logit is judged position by position. It may be another than the reference's only where the reference's leads
+by less than `LEAD` times the error that transformers itself has there in float16, the worst of several runs
+whose weights are moved by a rounding; and not more often than in those runs, give or take `FLIPS`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +29,7 @@ from gemma_edge.runtime.engine import Engine, SamplingParams
 from .cases import CASES, folder_name
 
 ALLOWED, FLOOR = 3.0, 0.01
-LEAD = 6.0
+LEAD, FLIPS = 6.0, 0.02
 NANO_LOSS = 0.05  # of the answers may be right on the CPU and wrong on the GPU
 
 Figures = dict[str, Any]
@@ -50,7 +54,7 @@ def parity(place: Place, name: str, *, capture: bool = True) -> Figures:
     """A prompt in ragged chunks, then token by token to the text's end, far past the window."""
     reference = place.reference(name)
     logits = run_text(place.session(name, capture=capture), reference["ids"], int(reference["chunk"]))
-    return compare(logits, reference["logits"], float(reference["half_error"]))
+    return compare(logits, reference)
 
 
 def run_text(session: CudaSession, ids: np.ndarray, chunk: int) -> dict[int, np.ndarray]:
@@ -71,28 +75,35 @@ def run_text(session: CudaSession, ids: np.ndarray, chunk: int) -> dict[int, np.
     return found
 
 
-def compare(found: dict[int, np.ndarray], expected: np.ndarray, half_error: float) -> Figures:
+def compare(found: Mapping[int, np.ndarray], reference: Any) -> Figures:
+    """found: logits by position. reference: what `cases` stores."""
     positions = sorted(found)
-    got, want = np.array([found[position] for position in positions]), expected[positions]
+    got, want = np.array([found[position] for position in positions]), reference["logits"][positions]
     assert np.isfinite(got).all(), "logits are not finite"
     error = float(np.sqrt(np.mean((got - want) ** 2)))
-    spread = float(want.std())
+    spread, half_error = float(want.std()), float(reference["half_error"])
     allowed = max(ALLOWED * half_error, FLOOR * spread)
+    sensitivity = np.maximum(reference["half_errors"][positions], FLOOR / LEAD * spread)  # by position
     ordered = np.sort(want, axis=1)
-    clear = ordered[:, -1] - ordered[:, -2] > LEAD * error
-    same = got.argmax(1) == want.argmax(1)
+    lead = (ordered[:, -1] - ordered[:, -2]) / sensitivity
+    other = got.argmax(1) != want.argmax(1)
+    flips_allowed = float(reference["half_flips"]) + FLIPS
     figures = dict(
         error=error,
         allowed=allowed,
         transformers_half_error=half_error,
         worst=float(np.abs(got - want).max()),
         spread=spread,
-        same_top=float(same.mean()),
-        clear=float(clear.mean()),
+        same_top=1 - float(other.mean()),
+        flips_allowed=flips_allowed,
+        clear=float((lead > LEAD).mean()),
+        largest_lead_lost=float(lead[other].max(initial=0)),
         positions=len(positions),
     )
     assert error <= allowed, f"error {error:.5f} is above {allowed:.5f}: {figures}"
-    assert same[clear].all(), f"another largest logit although it leads clearly: {figures}"
+    clear = lead > LEAD
+    assert not (other & clear).any(), f"another largest logit although it leads clearly: {figures}"
+    assert other.mean() <= flips_allowed, f"the largest logit is another too often: {figures}"
     return figures
 
 
@@ -163,7 +174,7 @@ def far(place: Place, name: str, tokens: int = 700) -> Figures:
     assert np.isfinite(session.logits).all()
     again = run_text(session, ids, chunk)
     worst = max(float(np.abs(first[position] - again[position]).max()) for position in first)
-    error = compare(again, reference["logits"], float(reference["half_error"]))["error"]
+    error = compare(again, reference)["error"]
     return dict(steps=tokens, worst_between_runs=worst, error=error)
 
 
