@@ -7,11 +7,9 @@ lie in ordinary memory, so that Linux can move them (MADV_COLLAPSE, since 6.1). 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import logging
-import os
 import re
 import threading
 from collections.abc import Iterator
@@ -27,7 +25,6 @@ PAGE_BYTES = 4096  # where this is larger, so are the units of address translati
 PRESENT = np.uint64(63)  # the bit of a page's entry
 LEAST_PRESENT = 0.75  # of a huge page's pages; the rest would be new memory
 WORTH_BYTES = 256 << 20  # of weights; smaller models live in caches
-LOW = 10  # of `nice`: a tenth of what an answer's threads get
 _MADV_COLLAPSE = 25
 
 
@@ -36,16 +33,9 @@ def start(weights_bytes: int) -> threading.Thread | None:
     size_bytes = huge_page_bytes()
     if weights_bytes < WORTH_BYTES or not size_bytes:
         return None
-    thread = threading.Thread(target=_collapse_quietly, args=(size_bytes,), name="huge-pages", daemon=True)
+    thread = threading.Thread(target=collapse, args=(size_bytes,), name="huge-pages", daemon=True)
     thread.start()
     return thread
-
-
-def _collapse_quietly(size_bytes: int) -> None:
-    """With low priority: an answer that is being given comes first."""
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOW)  # on Linux, of this thread alone
-    collapse(size_bytes)
 
 
 def huge_page_bytes() -> int:
