@@ -38,6 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "captured, memory-efficient attention": dict(provider_options=MEA),
     "captured, weight-only products": dict(config=FPA),
 }
+BRIEF = ("captured", "captured, weight-only products")
 
 
 class Clock:
@@ -69,6 +70,7 @@ def main() -> int:
     parser.add_argument("--prompt-tokens", type=int, default=1000, help="before decoding")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--prefill", type=int, nargs="+", default=(128, 512, 1024, 3072))
+    parser.add_argument("--brief", action="store_true", help="captured variants alone, kernels of the best")
     parser.add_argument("--json", type=Path, help="write the last line here too")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try this script")
     args = parser.parse_args()
@@ -87,6 +89,8 @@ def main() -> int:
     result["variants"] = variants
     first: list[int] | None = None
     for name, settings in VARIANTS.items():
+        if args.brief and name not in BRIEF:
+            continue
         row = attempt(name, lambda settings=settings: run_variant(bundle, args, settings))
         if row is None:
             continue
@@ -109,7 +113,7 @@ def main() -> int:
     if captured:
         best = min(captured, key=lambda name: captured[name]["decode_ms"])
         result["best"] = best
-        for name in dict.fromkeys(("plain", "captured", best)):
+        for name in dict.fromkeys((best,) if args.brief else ("captured", best)):
             found = attempt(
                 f"kernels of {name}", lambda name=name: count_kernels(bundle, args, VARIANTS[name])
             )
@@ -123,7 +127,7 @@ def main() -> int:
                     print(f"  {copy['ms']:.4f} ms  {copy['count']:5.1f} x  {name}")
                 for kernel in found["top"]:
                     print(f"  {kernel['ms']:.4f} ms  {kernel['count']:5.1f} x  {kernel['name'][:110]}")
-    nodes = attempt("nodes", lambda: count_nodes(bundle, args))
+    nodes = None if args.brief else attempt("nodes", lambda: count_nodes(bundle, args))
     if nodes:
         result["nodes"] = nodes
         print(f"\nnodes of a step by ONNX Runtime's profile: {nodes['by_provider']}")
