@@ -247,7 +247,7 @@ def test_the_command(own: Bundle, capsys: pytest.CaptureFixture[str]):
 
 def test_cuda_packs_nothing(own: Bundle, tmp_path: Path):
     runtime = replace_fields(own.manifest.runtime, execution_provider="cuda")
-    manifest = replace_fields(own.manifest, runtime=runtime)
+    manifest = replace_fields(own.manifest, runtime=runtime, audio=None)
     with pytest.raises(PrepareError, match="nothing to prepare"):
         make(dataclasses.replace(own, manifest=manifest), tmp_path / "packed")
 
