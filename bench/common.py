@@ -8,13 +8,14 @@ import platform
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 PACKAGES = ("gemma-edge", "onnxruntime", "numpy", "sentencepiece")
+ORT_PACKAGES = ("onnxruntime-gpu", "onnxruntime")  # both import as onnxruntime
 
 
 def machine() -> dict[str, Any]:
@@ -48,9 +49,8 @@ def onnxruntime_version() -> str:
     """Of the one that is imported, and its distribution: metadata may speak of another."""
     import onnxruntime
 
-    names = packages_distributions().get("onnxruntime", [])
-    names = [name for name in names if version(name) == onnxruntime.__version__]
-    return f"{onnxruntime.__version__} ({names[0] if names else 'no distribution'})"
+    names = [name for name in ORT_PACKAGES if _version(name) == onnxruntime.__version__]
+    return f"{onnxruntime.__version__} ({' or '.join(names) or 'distribution unknown'})"
 
 
 def print_machine(about: dict[str, Any]) -> None:
