@@ -145,6 +145,7 @@ def _pack(graph: Path, folder: Path) -> None:
             _, said = child.communicate()
         except BaseException:
             child.kill()
+            child.wait()  # after Ctrl-C, `with` does not wait for long
             raise
     if child.returncode < 0:
         raise PrepareError(f"{graph}: packing was ended by signal {-child.returncode}; nothing of it is kept")
