@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+from gemma_edge.export.checkpoint import open_checkpoint
+from gemma_edge.export.geometry import read_text_model
 from gemma_edge.export.plan import wants_prefill_graph
 from gemma_edge.export.quantize import CHANNEL_LEVELS, quantize_channels
 from gemma_edge.export.recipes import Recipe, load_recipe
-from gemma_edge.runtime.bundle import Bundle
+from gemma_edge.export.verify.tensors import SourceWeights
+from gemma_edge.export.verify.weights import check_weights
+from gemma_edge.runtime.bundle import Bundle, open_bundle
 from gemma_edge.runtime.engine import Engine
 from gemma_edge.runtime.errors import ConfigError
 from gemma_edge.runtime.prefix import ReuseSettings
@@ -206,6 +211,29 @@ def test_the_manifest_describes_it(tiny: Any):
     for node in products:
         assert np.abs(graph.value(node.input[1]).astype(int)).max() == CHANNEL_LEVELS
     assert not graph.nodes("MatMulNBits", "MatMul", "FusedMatMul")
+
+
+def test_verify_reads_its_weights_back(tiny: Any, tmp_path: Path):
+    """All of them, and one changed level among them is found."""
+    weights = SourceWeights(open_checkpoint(tiny.checkpoint), read_text_model(tiny.checkpoint))
+    copy = tmp_path / "bundle"
+    shutil.copytree(tiny.path, copy)
+    bundle = open_bundle(copy)
+    assert bundle.manifest.prefill is not None
+    claimed = {f"{one.tensor} of prefill": one.relative_error for one in bundle.manifest.prefill.quantization}
+    checks = {check.name: check for check in check_weights(bundle, weights) if check.name in claimed}
+    assert checks.keys() == claimed.keys()
+    for name, check in checks.items():
+        assert not check.misplaced and check.relative_error == pytest.approx(claimed[name], rel=1e-4)
+    name = "layers.3.mlp.down_proj.weight"
+    _, offset, _ = load_graph(bundle.prefill).region(f"{name}.levels")
+    with (copy / "prefill.onnx.data").open("r+b") as file:
+        file.seek(offset + 77)
+        level = file.read(1)[0]
+        file.seek(offset + 77)
+        file.write(bytes([(level + 3) % 256]))
+    found = {check.name: check.misplaced for check in check_weights(bundle, weights)}
+    assert found[f"{name} of prefill"] == 1
 
 
 def test_it_counts_as_memory(tmp_path: Path):
