@@ -5,15 +5,11 @@ A failed or interrupted export leaves nothing behind, and an existing bundle is 
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import fcntl
 import importlib.metadata
 import json
 import logging
-import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +19,7 @@ import onnx_ir as ir
 
 from .. import __version__
 from ..runtime import genai_files
+from ..runtime.aside import written_aside
 from ..runtime.bundle import (
     CUDA_DECODER,
     FORMAT_VERSION,
@@ -143,7 +140,7 @@ def prepare(job: Job) -> Prepared:
 def write_bundle(prepared: Prepared, progress: Progress = lambda name, weights: None) -> Manifest:
     """Write the bundle and return its manifest. progress: called with the tensor at hand and weights done."""
     job = prepared.job
-    with _written_aside(job.out, job.force) as folder:
+    with written_aside(job.out, ExportError, lambda: _check_destination(job.out, job.force)) as folder:
         write_token_table(job.source.folder / "tokenizer.json", folder / "tokenizer.table")
         stored, channels = _write_graphs(prepared, folder, progress)
         drafter = None
@@ -364,56 +361,3 @@ def _check_space(out: Path, needed_bytes: int) -> None:
             f"{out}: the bundle needs {needed_bytes >> 20} MiB, the disk has {free_bytes >> 20} MiB left; "
             "choose another --out"
         )
-
-
-@contextlib.contextmanager
-def _written_aside(out: Path, force: bool) -> Iterator[Path]:
-    """A folder beside `out` that takes its name if all goes well, and vanishes if not."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    partial.mkdir(exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as cause:
-            raise ExportError(
-                f"{partial}: another export is writing there; wait for it or choose another --out"
-            ) from cause
-        try:
-            for left in partial.iterdir():  # by an export that was killed
-                left.unlink()
-            yield partial
-            for path in partial.iterdir():
-                _sync(path)
-            _sync(partial)
-            _check_destination(out, force)
-            _take_place(partial, out)
-        except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise ExportError(
-                    f"{out}: cannot be written ({error}); nothing of it is kept: free some space, or choose "
-                    "another --out"
-                ) from error
-            raise
-    finally:
-        os.close(lock)
-
-
-def _take_place(partial: Path, out: Path) -> None:
-    replaced = out.with_name(out.name + ".replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if out.exists():
-        out.rename(replaced)
-    partial.rename(out)
-    shutil.rmtree(replaced, ignore_errors=True)
-    _sync(out.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

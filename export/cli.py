@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 
 from tqdm import tqdm
 
+from ..runtime.aside import terminated_as_interrupted
 from ..runtime.bundle import Manifest
 from ..runtime.detect import resolve_profile
 from .bundle import Job, Prepared, prepare, write_bundle
@@ -25,7 +22,7 @@ BUNDLES = Path("bundles")
 
 def run_export(args: argparse.Namespace) -> int:
     """Export as the command line says; see `arguments`. Raises GemmaEdgeError."""
-    with _terminated_as_interrupted():
+    with terminated_as_interrupted():
         profile = resolve_profile(args.device)
         recipe = load_recipe(args.recipe or profile.default_recipe)
         if args.prefill_weights is not None:
@@ -66,17 +63,3 @@ def write_with_progress(prepared: Prepared) -> Manifest:
             bar.update(weights)
 
         return write_bundle(prepared, progress)
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM unwinds like Ctrl-C, so that the unfinished bundle is removed."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

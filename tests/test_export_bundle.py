@@ -201,7 +201,7 @@ def test_what_a_killed_export_left_is_cleared_and_a_running_one_is_left_alone(
     prepared = prepare_tiny(checkpoint, tmp_path / "bundle")
     lock = os.open(partial, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    with pytest.raises(ExportError, match="another export is writing there"):
+    with pytest.raises(ExportError, match="another process is writing there"):
         write_bundle(prepared)
     assert (partial / "decoder.onnx.data").exists()
     os.close(lock)
