@@ -228,8 +228,8 @@ class _StepInputs:
         }
         end = INPUT_ALIGNMENT_BYTES
         for value in embeddings.get_outputs():
-            shape = (1, 1, value.shape[2])
-            self._places[value.name] = np.float32, shape, end
+            shape: tuple[int, ...] = (1, 1, value.shape[2])
+            self._places[value.name] = (np.float32, shape, end)
             end += -(-4 * value.shape[2] // INPUT_ALIGNMENT_BYTES) * INPUT_ALIGNMENT_BYTES
         self._host = np.zeros(end // 4, np.float32)
         self._there = ort.OrtValue.ortvalue_from_numpy(self._host, device, 0)
