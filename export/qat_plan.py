@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 
+from ..runtime.errors import ConfigError
 from ..runtime.profile import DeviceProfile
 from .audio_geometry import AudioModel
 from .checkpoint import Checkpoint
@@ -37,8 +38,27 @@ def plan_for(
         return plan
     planning = functools.partial(planning, scale_columns=_scale_columns(checkpoint, model.quantization))
     plan = planning()
+    _refuse_what_is_not_imported(plan, model.quantization, recipe)
     checkpoint.require(plan.shapes, plan.integers)
     return planning(head_is_table=True) if _head_is_table(checkpoint, plan) else plan
+
+
+def _refuse_what_is_not_imported(plan: Plan, quantization: Quantization, recipe: Recipe) -> None:
+    """Two kinds of the audio tower's products that Google's checkpoints leave as floats."""
+    for name, shape in plan.folded.items():
+        if len(shape) == 2 and (held := quantization.held(name, is_table=False)) is not None:
+            raise ConfigError(
+                f"{name} has {held.bits} bits by config.json's quantization_config, but its product with "
+                "sinusoids is worked out at export, from floats; expected it under modules_to_not_convert, "
+                "as in Google's checkpoints: export with --no-audio, or the bfloat16 checkpoint"
+            )
+    for weight in plan.weights:
+        has_bias = f"{weight.name.removesuffix('.weight')}.bias" in plan.small
+        if recipe.activation_scales and weight.held is not None and has_bias:
+            raise ConfigError(
+                f"recipe {recipe.name}: activation_scales of {weight.name}, which adds a bias before its "
+                "output is rounded, are not reproduced; remove activation_scales, or export with --no-audio"
+            )
 
 
 def _scale_columns(checkpoint: Checkpoint, quantization: Quantization) -> dict[str, int]:

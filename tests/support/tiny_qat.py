@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import Gemma4ForCausalLM, GemmaQuantizationConfig
+from transformers import Gemma4ForCausalLM, GemmaQuantizationConfig, PreTrainedModel
 from transformers.integrations.gemma_quant import (
     QuantizedEmbedding,
     QuantizedLinear,
@@ -18,6 +18,9 @@ from transformers.integrations.gemma_quant import (
 )
 
 from .tiny_checkpoint import random_model, tiny_config, write_tokenizer_files
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+Module = TypeVar("Module", bound=nn.Module)
 
 # As in Google's E2B, with layer numbers of the tiny model: 2 bits in the upper layers' MLPs, head and table.
 LAYOUT: dict[str, Any] = dict(
@@ -48,23 +51,25 @@ def tiny_qat_model(
     return quantized(random_model(config, seed), layout=layout, equal_head=equal_head)
 
 
-def quantized(
-    model: Gemma4ForCausalLM, *, layout: dict[str, Any] | None = None, equal_head: bool = True
-) -> Gemma4ForCausalLM:
+def quantized(model: Model, *, layout: dict[str, Any] | None = None, equal_head: bool = True) -> Model:
     """`model` in the format, in place, weights rounded to nearest."""
     layout = LAYOUT if layout is None else layout
-    weights = {name: module.weight for name, module in model.named_modules() if hasattr(module, "weight")}
-    model.config.tie_word_embeddings = False
+    text = model.config.get_text_config()
+    floats = {name: module for name, module in model.named_modules() if hasattr(module, "weight")}
+    model.config.tie_word_embeddings = text.tie_word_embeddings = False
     model.config.quantization_config = dict(layout, quant_method="gemma")
     replace_with_quant_layers(model, GemmaQuantizationConfig(**layout), layout["modules_to_not_convert"])
     with torch.no_grad():
         for name, module in model.named_modules():
             if isinstance(module, QuantizedEmbedding):
-                groups = model.config.num_hidden_layers if name.endswith("_per_layer") else 1
-                _fill_table(module, weights[name], groups)
+                groups = text.num_hidden_layers if name.endswith("_per_layer") else 1
+                _fill_table(module, floats[name].weight, groups)
             elif isinstance(module, QuantizedLinear):
-                module.weight.data, module.weight_scale.data = _rounded(weights[name], module.num_bits, 1)
-        head, table = model.lm_head, model.model.embed_tokens
+                old = floats[name]
+                module.weight.data, module.weight_scale.data = _rounded(old.weight, module.num_bits, 1)
+                if module.bias is not None:
+                    module.bias.data = old.bias.data
+        head, table = model.lm_head, model.get_input_embeddings()
         if equal_head and isinstance(head, QuantizedLinear) and isinstance(table, QuantizedEmbedding):
             head.weight.data = table.embedding_quantized.clone()
             head.weight_scale.data = table.embedding_scale.clone()
@@ -73,6 +78,11 @@ def quantized(
 
 def calibrate(model: Gemma4ForCausalLM, ids: Tensor, *, headroom: float = 0.9) -> None:
     """Set the activation scales by what the model sees in `ids`. Below 1, headroom clips the largest."""
+    calibrate_on(model, lambda: model(ids), headroom=headroom)
+
+
+def calibrate_on(model: nn.Module, run: Callable[[], Any], *, headroom: float = 0.9) -> None:
+    """Set the activation scales of `model` by what its quantized linears see in `run`."""
     largest: dict[QuantizedLinear, list[float]] = {}
 
     def watch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -85,7 +95,7 @@ def calibrate(model: Gemma4ForCausalLM, ids: Tensor, *, headroom: float = 0.9) -
     hooks = [module.register_forward_hook(watch) for module in modules]
     without_activation_scales(model)
     with torch.no_grad():
-        model(ids)
+        run()
     for hook in hooks:
         hook.remove()
     for module, (seen_in, seen_out) in largest.items():
@@ -93,7 +103,7 @@ def calibrate(model: Gemma4ForCausalLM, ids: Tensor, *, headroom: float = 0.9) -
         module.output_activation_scale.data.fill_(headroom * seen_out / 127)
 
 
-def without_activation_scales(model: Gemma4ForCausalLM) -> Gemma4ForCausalLM:
+def without_activation_scales(model: Module) -> Module:
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.input_activation_scale.data.zero_()
