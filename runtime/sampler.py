@@ -102,10 +102,8 @@ class Sampler:
         """The next token. `logits` (vocab,) may be changed in place; greedy copies nothing of its size."""
         if self._penalised:
             self._penalise(logits)
-        if self._params.temperature == 0.0:
-            token = int(logits.argmax())
-        else:
-            token = self._draw(logits)
+        greedy = self._params.temperature == 0.0
+        token = int(logits.argmax()) if greedy else self._draw(logits)
         if math.isnan(logits[token]):
             raise FloatingPointError("the logits are not numbers; the bundle or its precision is broken")
         if self._penalised:

@@ -248,7 +248,7 @@ def open_graph(
     if name not in ort.get_available_providers():
         raise BundleError(
             f"{path.parent}: made for {name}, this onnxruntime has only {ort.get_available_providers()}; "
-            "install onnxruntime-gpu or export for another device"
+            "install its onnxruntime (docs/install.md) or export for another device"
         )
     on_gpu = [(name, dict(provider_options or {})), _PROVIDERS["cpu"]]
     providers = [name] if provider == "cpu" else on_gpu

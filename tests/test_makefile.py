@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TARGETS = ["setup", "export", "ask", "serve", "demo", "voice", "test", "test-slow", "test-arm64", "bench", "lint", "clean"]
+TARGETS = "setup export ask serve demo voice test test-slow test-arm64 bench lint clean".split()
 
 
 def program(path: Path, body: str) -> Path:
@@ -153,7 +153,8 @@ def test_voice_has_a_broker_and_a_bundle_of_its_own(venv: Path) -> None:
 def test_test_runs_lint_types_and_the_fast_tests(venv: Path) -> None:
     make(venv, "test")
     assert " ".join(calls(venv)) == (
-        "python -m ruff check . python -m ruff format --check . python -m mypy python -m pytest -m not slow and not arm64 and not cuda"
+        "python -m ruff check . python -m ruff format --check . python -m mypy "
+        "python -m pytest -m not slow and not arm64 and not cuda"
     )
     make(venv, "test-slow")
     assert calls(venv)[-4:] == ["-m", "pytest", "-m", "slow"]
