@@ -15,6 +15,7 @@ from transformers import Gemma4ForConditionalGeneration
 from transformers.integrations.gemma_quant import QuantizedLinear
 
 from gemma_edge.export.synthetic import known_config
+from gemma_edge.export.verify.weights import check_weights
 from gemma_edge.runtime.errors import ConfigError, GemmaEdgeError
 
 from .support.graph_runner import GraphRunner
@@ -25,6 +26,7 @@ from .support.tiny_qat import calibrate_on, without_activation_scales
 from .support.tiny_qat_audio import ears_of, google_layout, hearing_qat_model, write_hearing_qat_checkpoint
 from .test_audio_graphs import Ears, open_graph
 from .test_export_qat_weights import run_one
+from .test_verify import source_weights
 
 # Google's, and 8 bits in attention and in the two projections that Google leaves as floats.
 THREE_WIDTHS = google_layout()
@@ -156,6 +158,15 @@ def test_the_text_part_of_such_a_checkpoint(hearing):
     for start, end in ((0, 20), (20, 29), (29, 30)):
         found = graphs.run(ids[0, start:end].tolist())[-1]
         assert np.abs(found - expected[end - 1]).max() < 2e-4
+
+
+def test_verify_reads_the_towers_weights_back(hearing):
+    _, ears, bundle = hearing
+    checks = {check.name: check for check in check_weights(bundle.bundle, source_weights(bundle.checkpoint))}
+    for name, module in ears.named_modules():
+        if isinstance(module, QuantizedLinear):
+            check = checks[f"{name}.weight"]
+            assert (check.bits, check.relative_error, check.misplaced) == (module.num_bits, 0, 0)
 
 
 def rms(x: np.ndarray) -> float:
