@@ -339,7 +339,7 @@ def _predict(
         mapped_bytes=sum(weight.size_bytes for weight in tables) + (0 if on_cuda else rope),
         kv_bytes=caches.size_bytes,
         overhead_bytes=PROCESS_BYTES
-        + _activation_bytes(model, profile.prefill_chunk, caches.context)
+        + _activation_bytes(model, profile.prefill_chunk, caches.context, on_cuda=on_cuda)
         + _cache_copy_bytes(caches, profile.execution_provider)
         + (CUDA_CONTEXT_BYTES + rope // 2 if on_cuda else 0),
         read_per_token_bytes=in_memory + sum(weight.size_bytes // weight.shape[0] for weight in tables),
@@ -381,7 +381,7 @@ def rope_bytes(model: TextModel, context: int) -> int:
     return sum(context * head_dim * 4 for head_dim in head_dims.values())
 
 
-def _activation_bytes(model: TextModel, chunk: int, context: int) -> int:
+def _activation_bytes(model: TextModel, chunk: int, context: int, *, on_cuda: bool) -> int:
     shape = model.geometry
     chunk = min(chunk, context)
     widest = max(
@@ -390,6 +390,7 @@ def _activation_bytes(model: TextModel, chunk: int, context: int) -> int:
     )
     per_layer = 3 * shape.num_hidden_layers * shape.hidden_size_per_layer_input
     scores = scores_bytes(chunk, context, shape.num_attention_heads)  # of one full-attention layer
+    scores += scores // 2 if on_cuda else 0  # and the probabilities, which are halves there
     return 4 * (chunk * (LIVE_ROWS * widest + per_layer) + 3 * shape.vocab_size) + scores
 
 

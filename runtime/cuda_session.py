@@ -27,6 +27,7 @@ from .bundle import GREEDY, TOP, Bundle
 from .cache import KvCaches
 from .errors import BundleError
 from .machine import usable_cpus
+from .pieces import pieces
 from .prompt import Heard
 from .sampler import Picks
 from .session import check_caches, open_graph
@@ -39,7 +40,8 @@ DEVICE = "cuda"
 PROVIDER_OPTIONS = {
     "arena_extend_strategy": "kSameAsRequested",  # on a Jetson what the arena keeps is everybody's memory
     # Flash, cuDNN and the plain kernel. Not the memory-efficient one, which copies keys for each query head
-    # of a group: heads of 512, which flash does not take, are four times faster on the plain kernel.
+    # of a group: heads of 512, which flash does not take, take a tenth of the time on the plain one,
+    # which holds all scores of a layer at once: prompts are run in pieces.
     "sdpa_kernel": "25",
 }
 
@@ -83,6 +85,7 @@ class CudaSession:
             name: self._open(bundle.path / name, settings, captures=picks and name == GREEDY)
             for name in (GREEDY, TOP)
         }
+        self._heads = manifest.geometry.num_attention_heads
         self._vocab_size = manifest.geometry.vocab_size
 
         # Of the embeddings graph: inputs_embeds (1, S, hidden), per_layer_inputs (1, S, layers * width).
@@ -140,10 +143,18 @@ class CudaSession:
         rows = dict(zip(self._names, self.embeddings.run(self._names, {"input_ids": ids[None]}), strict=True))
         if heard is not None:
             rows["inputs_embeds"][0, heard.at] = heard.rows
-        total = position + len(ids)
+        for first, count in pieces(len(ids), position, self._heads):
+            part = {name: array[:, first : first + count] for name, array in rows.items()}
+            self._fill(part, position + first + count)
+        if last and np.isnan(self.logits[0]):
+            raise FloatingPointError("the logits are not numbers; the bundle or its precision is broken")
+
+    def _fill(self, rows: Mapping[str, npt.NDArray[np.floating]], total: int) -> None:
+        """Run embedded rows, the last of which is token `total - 1`."""
         binding = self.decoder.io_binding()
         held = {
-            name: ort.OrtValue.ortvalue_from_numpy(array, self._device, 0) for name, array in rows.items()
+            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._device, 0)
+            for name, array in rows.items()
         }
         for name, value in held.items():
             binding.bind_ortvalue_input(name, value)
@@ -152,8 +163,6 @@ class CudaSession:
         binding.bind_ortvalue_input("last_position", self._last_position)
         self._bind_state(binding, lengths)
         self._run(binding, None)
-        if last and np.isnan(self.logits[0]):
-            raise FloatingPointError("the logits are not numbers; the bundle or its precision is broken")
 
     def step(self, token: int, position: int, draft: Sequence[int] = ()) -> None:
         """Run one id at `position`; sets the logits after it."""

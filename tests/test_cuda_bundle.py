@@ -24,6 +24,7 @@ from gemma_edge.export.bundle import Job, prepare, write_bundle
 from gemma_edge.export.pickers import pieces_of
 from gemma_edge.export.recipes import load_recipe
 from gemma_edge.export.source import find_checkpoint
+from gemma_edge.runtime import cuda_session
 from gemma_edge.runtime.bundle import open_bundle
 from gemma_edge.runtime.cuda_session import CudaSession, CudaSettings, bounds_up_to
 from gemma_edge.runtime.errors import BundleError, ConfigError
@@ -98,6 +99,14 @@ def test_float16_costs_no_more_than_in_transformers(session, expected):
     error = np.array([found[position] - want[position] for position in positions])
     allowed = (half - want)[positions]
     assert np.sqrt(np.mean(error**2)) < np.sqrt(np.mean(allowed**2))
+
+
+def test_a_chunk_is_run_in_pieces_where_scores_would_be_large(session, monkeypatch):
+    session.prefill(IDS[:16], 0, last=True)
+    whole = session.logits.copy()
+    monkeypatch.setattr(cuda_session, "pieces", lambda rows, position, heads: [(0, 5), (5, rows - 5)])
+    session.prefill(IDS[:16], 0, last=True)
+    assert np.abs(session.logits - whole).max() < 0.05 * whole.std()
 
 
 def test_what_has_no_bound_is_float32(session):
