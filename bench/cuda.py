@@ -34,7 +34,7 @@ MEA = {"sdpa_kernel": "0"}  # whatever ONNX Runtime takes: memory-efficient atte
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": dict(capture=False),
     "captured": dict(),
-    "captured, pick too": dict(capture_pick=True),
+    "captured, but not the pick": dict(capture_pick=False),
     "captured, memory-efficient attention": dict(provider_options=MEA),
     "captured, weight-only products": dict(config=FPA),
 }

@@ -51,7 +51,7 @@ class CudaSettings:
     """How to run; benchmarks and tests try others than the defaults."""
 
     capture: bool = True
-    capture_pick: bool = False  # the search for the best id is captured too
+    capture_pick: bool = True  # the search for the best id is captured too
     provider_options: Mapping[str, str] = field(default_factory=dict)  # of the decoder's CUDA provider
     config: Mapping[str, str] = field(default_factory=dict)  # of the decoder's session
     device: str = DEVICE  # "cpu": the same graph and bindings without a GPU, for tests
