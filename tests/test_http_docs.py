@@ -21,6 +21,7 @@ HTTP = (ROOT / "docs/http.md").read_text(encoding="utf-8")
 MQTT = (ROOT / "docs/mqtt.md").read_text(encoding="utf-8")
 WYOMING = (ROOT / "docs/wyoming.md").read_text(encoding="utf-8")
 PERFORMANCE = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+GENAI = (ROOT / "docs/genai.md").read_text(encoding="utf-8")
 
 
 def test_every_parameter_and_code_is_documented() -> None:
@@ -35,7 +36,7 @@ def test_every_option_is_documented() -> None:
     parser = argparse.ArgumentParser()
     serve.add_serve_arguments(parser)
     options = {word for action in parser._actions for word in action.option_strings if word.startswith("--")}
-    written = HTTP + MQTT + WYOMING + PERFORMANCE
+    written = HTTP + MQTT + WYOMING + PERFORMANCE + GENAI
     missing = {option for option in options - {"--help"} if option not in written}
     assert not missing
 

@@ -79,6 +79,7 @@ def test_a_stopped_download_goes_on_with_what_is_missing(hub: SmallHub, tmp_path
     hub.sent.clear()
     done = find(hub, tmp_path / "cache")
     assert done.returncode == 0, done.stderr
-    assert [name for name, _ in hub.sent] == [SHARDS[1]]
+    sent = [name for name, _ in hub.sent]  # small files may have been on their way when it stopped
+    assert SHARDS[1] in sent and SHARDS[0] not in sent
     hub.sent.clear()
     assert find(hub, tmp_path / "cache", offline=True).stdout == done.stdout and hub.sent == []

@@ -12,6 +12,7 @@ import resource
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -294,7 +295,9 @@ def test_ctrl_c_ends_the_packing_and_leaves_nothing(own: Bundle, tmp_path: Path,
         signal.signal(signal.SIGINT, handler)
     assert not list(tmp_path.glob("packed*"))
     with pytest.raises(ProcessLookupError):
-        os.kill(int(pid_file.read_text()), 0)
+        for _ in range(500):
+            os.kill(int(pid_file.read_text()), 0)
+            time.sleep(0.01)
 
 
 def test_two_at_once_do_not_mix(own: Bundle, tmp_path: Path):

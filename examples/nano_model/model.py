@@ -164,13 +164,17 @@ def _init_audio(tower: torch.nn.Module) -> None:
 
 @torch.no_grad()
 def load_weights(model: Gemma4ForConditionalGeneration, folder: Path) -> None:
-    """Take the weights of a checkpoint that `save_model` wrote; one without ears leaves the model's own."""
+    """Take the weights of a checkpoint that `save_model` wrote.
+
+    One without ears leaves the model's own; a model without ears does not take any.
+    """
     from safetensors.torch import load_file
 
     own = model.state_dict()
     for file in sorted(folder.glob("*.safetensors")):
         for name, tensor in load_file(file).items():
-            own[name].copy_(tensor)
+            if name in own or "audio" not in name:
+                own[name].copy_(tensor)
 
 
 def save_model(model: Gemma4ForConditionalGeneration, folder: Path) -> None:

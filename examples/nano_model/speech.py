@@ -150,6 +150,7 @@ class _Espeak:
         for parameter, value in ((_RATE, speaker.rate), (_PITCH, speaker.pitch), (_RANGE, speaker.range)):
             self._library.espeak_SetParameter(parameter, value, 0)
         data = text.encode()
+        self._library.espeak_SetSynthCallback(self._callback)  # others may have set theirs
         self._library.espeak_Synth(data, len(data) + 1, 0, 1, 0, _UTF8, None, None)
         self._library.espeak_Synchronize()
         samples = np.concatenate(self._chunks) if self._chunks else np.zeros(0, np.int16)

@@ -138,6 +138,7 @@ class EspeakLibrary:
             self._library.espeak_SetVoiceByName(self._voice)
             self._library.espeak_SetParameter(_RATE_PARAMETER, self._words_per_minute, 0)
             data = text.replace("\0", " ").encode()
+            self._library.espeak_SetSynthCallback(kind._callback)  # others may have set theirs
             self._library.espeak_Synth(data, len(data) + 1, 0, 1, 0, _UTF8, None, None)
             self._library.espeak_Synchronize()
             chunks, kind._chunks = kind._chunks, []

@@ -91,7 +91,9 @@ def amqtt_broker() -> Iterator[int]:
         "listeners": {"default": {"type": "tcp", "bind": f"127.0.0.1:{port}"}},
         "plugins": {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}},
     }
+    asyncio.set_event_loop(loop)  # amqtt makes futures before it runs
     broker = Broker(config, loop)
+    asyncio.set_event_loop(None)
 
     def run() -> None:
         asyncio.set_event_loop(loop)
