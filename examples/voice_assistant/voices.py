@@ -154,7 +154,8 @@ class EspeakLibrary:
             library = ctypes.CDLL(espeakng_loader.get_library_path())
         except OSError as cause:
             raise VoiceError(f"espeak-ng cannot be loaded ({cause})") from cause
-        cls._rate = library.espeak_Initialize(_SYNCHRONOUS, 0, espeakng_loader.get_data_path().encode(), 0)
+        # With events of phonemes, which nobody reads here: the library is one for the process, others may.
+        cls._rate = library.espeak_Initialize(_SYNCHRONOUS, 0, espeakng_loader.get_data_path().encode(), 1)
         if cls._rate <= 0:
             raise VoiceError("espeak-ng finds no data; reinstall the package espeakng-loader")
         kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
