@@ -57,15 +57,13 @@ def trace_decoder(
 
     inner: the number type of attention and MLP. drafts: with an output for a drafter.
     """
-    shape = model.geometry
-    width = shape.num_hidden_layers * shape.hidden_size_per_layer_input
     with _fake_tensors():
         module = Decoder(model, context=caches.context, kv_dtype=caches.dtype, inner=inner, drafts=drafts)
         module.eval().requires_grad_(False)
+        names, entering = _entering(model)
         past = _past(caches)
         example = (
-            torch.zeros(1, 5, shape.hidden_size),
-            torch.zeros(1, 5, width) if width else None,
+            *entering,
             torch.zeros(1, 7, dtype=torch.int64),
             torch.zeros(1, 5, dtype=torch.int64),
             torch.zeros(1, dtype=torch.int64),
@@ -75,7 +73,7 @@ def trace_decoder(
         tokens, total, rows = (torch.export.Dim(name, min=2, max=2**20) for name in ("new", "total", "kept"))
         dynamic: tuple = (
             {1: tokens},
-            {1: tokens} if width else None,
+            {1: tokens} if len(names) > 1 else None,
             {1: total},
             {1: tokens},
             {},
@@ -83,7 +81,7 @@ def trace_decoder(
             [{} for _ in past],
         )
         graph = _export(module, example, dynamic)
-    names = ["inputs_embeds", *(["per_layer_inputs"] if width else []), "attention_mask", "position_ids"]
+    names += ["attention_mask", "position_ids"]
     keep, rows = graph.graph.inputs[len(names) : len(names) + 2]
     _remove_inputs(graph.graph, [rows])
     keep.name = KEEP
@@ -97,15 +95,13 @@ def trace_cuda_decoder(
     model: TextModel, caches: Caches, inner: torch.dtype, fused: frozenset[int] = frozenset()
 ) -> Traced:
     """The decoder as our own engine runs it on CUDA: `CudaDecoder`. fused: as there."""
-    shape = model.geometry
-    width = shape.num_hidden_layers * shape.hidden_size_per_layer_input
     with _fake_tensors():
         module = CudaDecoder(model, context=caches.context, kv_dtype=caches.dtype, inner=inner, fused=fused)
         module.eval().requires_grad_(False)
+        names, entering = _entering(model)
         past = _past(caches)
         example = (
-            torch.zeros(1, 5, shape.hidden_size),
-            torch.zeros(1, 5, width) if width else None,
+            *entering,
             torch.zeros(1, 1, dtype=torch.int64),
             torch.zeros((), dtype=torch.int32),
             torch.zeros((), dtype=torch.int32),
@@ -113,31 +109,30 @@ def trace_cuda_decoder(
         )
         tokens = torch.export.Dim("new", min=2, max=2**20)
         rows = {1: tokens}
-        graph = _export(module, example, (rows, rows if width else None, {}, {}, {}, [{} for _ in past]))
-    names = ["inputs_embeds", *(["per_layer_inputs"] if width else []), *CUDA_LENGTHS]
-    _name_decoder(graph, names, caches)
+        graph = _export(
+            module, example, (rows, rows if len(names) > 1 else None, {}, {}, {}, [{} for _ in past])
+        )
+    _name_decoder(graph, [*names, *CUDA_LENGTHS], caches)
     return Traced(graph, _makers(module.constants))
 
 
 def trace_prefill(model: TextModel, caches: Caches) -> Traced:
     """The graph that fills the caches from a prompt: `Prefill`."""
-    shape = model.geometry
-    width = shape.num_hidden_layers * shape.hidden_size_per_layer_input
     with _fake_tensors():
         module = Prefill(model, context=caches.context, kv_dtype=caches.dtype).eval().requires_grad_(False)
+        names, entering = _entering(model)
         past = _past(caches)
         example = (
-            torch.zeros(1, 5, shape.hidden_size),
-            torch.zeros(1, 5, width) if width else None,
+            *entering,
             torch.zeros(1, 7, dtype=torch.int64),
             torch.zeros(1, 5, dtype=torch.int64),
             past,
         )
         tokens, total = (torch.export.Dim(name, min=2, max=2**20) for name in ("new", "total"))
         rows = {1: tokens}
-        dynamic: tuple = (rows, rows if width else None, {1: total}, rows, [{} for _ in past])
+        dynamic: tuple = (rows, rows if len(names) > 1 else None, {1: total}, rows, [{} for _ in past])
         graph = _export(module, example, dynamic)
-    names = ["inputs_embeds", *(["per_layer_inputs"] if width else []), "attention_mask", "position_ids"]
+    names += ["attention_mask", "position_ids"]
     _name_decoder(graph, names, caches, logits=False)
     return Traced(graph, _makers(module.constants))
 
@@ -205,6 +200,14 @@ def trace_audio(model: AudioModel, streaming: bool) -> Traced:
             value.name = f"{prefix}.{tensor.name}"
     _finish(graph, "audio")
     return Traced(graph, _makers(module.constants))
+
+
+def _entering(model: TextModel) -> tuple[list[str], tuple[torch.Tensor, torch.Tensor | None]]:
+    """What enters the first layer: names, and rows of it; None without per-layer inputs."""
+    shape = model.geometry
+    width = shape.num_hidden_layers * shape.hidden_size_per_layer_input
+    names = ["inputs_embeds", "per_layer_inputs"] if width else ["inputs_embeds"]
+    return names, (torch.zeros(1, 5, shape.hidden_size), torch.zeros(1, 5, width) if width else None)
 
 
 def _past(caches: Caches) -> list[torch.Tensor]:

@@ -12,33 +12,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
-
-import numpy as np
-import numpy.typing as npt
 
 from .bundle import Bundle, Manifest
 from .drafter import open_drafter
 from .drafts import MOST_DRAFT, Drafts, Guesser
 from .errors import RequestError
+from .generation import CancelSignal, Generations, Tally
 from .prefix import Reuse, ReuseSettings, open_reuse
-from .prompt import Chunk, Chunks, Part, Start, check_ids, check_wanted, room_after
+from .prompt import Chunk, Chunks, Part, Start, check_wanted
 from .sampler import Sampler, SamplingParams
 from .sessions import open_session
-from .stats import EngineFinish, GenerationStats
+from .stats import GenerationStats
 
 __all__ = ["CancelSignal", "Engine", "GenerationStats", "SamplingParams"]
 
 
-class CancelSignal(Protocol):
-    """What the engine asks between steps: a threading.Event, or anything that answers like one."""
-
-    def is_set(self) -> bool: ...
-
-
-class Engine:
-    """One model, one sequence at a time. Not thread-safe: one thread owns it."""
+class Engine(Generations):
+    """One model on our own session."""
 
     def __init__(
         self,
@@ -57,11 +47,7 @@ class Engine:
         slack, none if they have none; and only as many as have paid off.
         drafter: whether the bundle's drafter, if it has one, guesses too.
         """
-        self.context = bundle.manifest.caches.context  # tokens, prompt and answer together
-        self.eos = frozenset(bundle.manifest.tokens.eos)
-        self.last_stats: GenerationStats | None = None
-        self._vocab_size = bundle.manifest.geometry.vocab_size
-        self._hidden_size = bundle.manifest.geometry.hidden_size
+        super().__init__(bundle.manifest)
         self._pad = bundle.manifest.tokens.pad
         audio = bundle.manifest.audio
         self._placeholder = self._pad if audio is None else audio.tokens.placeholder
@@ -70,26 +56,6 @@ class Engine:
         self._drafts = Drafts(guesses) if guesses else None
         self._drafter = open_drafter(bundle, self._session) if guesses and drafter else None
         self._reuse = open_reuse(bundle, self._session.caches, reuse) if reuse is not None else None
-        self._generation = 0
-
-    def generate(
-        self,
-        prompt_ids: Sequence[int],
-        params: SamplingParams | None = None,
-        *,
-        max_new_tokens: int | None = None,
-        cancel: CancelSignal | None = None,
-    ) -> Iterator[int]:
-        """Yield new token ids. A stop id ends the iteration and is not yielded; see `last_stats.finish`.
-
-        max_new_tokens: default what fits in the context.
-        cancel: looked at between prefill chunks and between tokens.
-        Raises RequestError at once: "context_length_exceeded" if prompt and new tokens do not fit, or
-        "invalid_request". Going on with a generation after another one was started raises RuntimeError.
-        """
-        ids = self._check_prompt(prompt_ids)
-        self._check_room(len(ids), max_new_tokens)
-        return self.generate_from([ids.tolist()], params, max_new_tokens=max_new_tokens, cancel=cancel)
 
     def generate_from(
         self,
@@ -112,7 +78,7 @@ class Engine:
 
         Raises RequestError if it does not fit into the context or the prefix cache.
         """
-        keys = self._check_prompt(prompt_ids)
+        keys = self._check_ids(prompt_ids)
         snapshots = self._reuse.snapshots if self._reuse is not None else None
         if snapshots is None:
             raise RequestError("invalid_request", f"{name}: there is no prefix cache to keep it in")
@@ -142,12 +108,6 @@ class Engine:
             resume=_Resume(self, self._generation) if self._reuse is not None else None,
         )
 
-    def _check_room(self, length: int, max_new_tokens: int | None) -> int:
-        return room_after(length, max_new_tokens, self.context)
-
-    def _check_prompt(self, prompt_ids: Sequence[int]) -> npt.NDArray[np.int64]:
-        return check_ids(prompt_ids, self._vocab_size)
-
     def _run(
         self,
         chunks: Chunks,
@@ -156,7 +116,7 @@ class Engine:
         cancel: CancelSignal | None,
         generation: int,
     ) -> Iterator[int]:
-        tally = _Tally()
+        tally = Tally()
         guesser: Guesser | None = None
         picked: list[int] = []
         start = time.perf_counter()
@@ -180,17 +140,7 @@ class Engine:
             position = chunks.length  # of the last token picked, which has not been run
             while True:
                 for token in picked:
-                    if token in self.eos:
-                        tally.finish = "stop"
-                        return
-                    tally.new_tokens += 1
-                    if tally.new_tokens == wanted:
-                        tally.finish = "length"
-                    yield token
-                    if tally.new_tokens == wanted:
-                        return
-                    self._check_current(generation)
-                    if cancel is not None and cancel.is_set():
+                    if (yield from self._give(token, tally, wanted, cancel, generation)):
                         return
                 picked = self._step(picked, position, sampler, guesser, wanted - tally.new_tokens - 1, tally)
                 position += len(picked)
@@ -198,7 +148,8 @@ class Engine:
             if guesser is not None:
                 guesser.end(picked)
             if generation == self._generation:
-                self.last_stats = tally.stats(chunks)
+                tally.prompt_tokens, tally.reused_tokens = chunks.length, chunks.reused
+                self.last_stats = tally.stats()
                 if self._reuse is not None and tally.finish != "cancelled":
                     self._reuse.finished()
 
@@ -216,7 +167,7 @@ class Engine:
         sampler: Sampler,
         guesser: Guesser | None,
         most: int,
-        tally: _Tally,
+        tally: Tally,
     ) -> list[int]:
         """Run the last of the tokens picked `last`, and up to `most` guesses; what is picked after them.
 
@@ -251,46 +202,12 @@ class Engine:
         tally.accepted += len(picked) - 1
         return picked
 
-    def _check_current(self, generation: int) -> None:
-        if generation != self._generation:
-            raise RuntimeError("another generation was started on this engine; this one cannot go on")
-
 
 def longest_draft(manifest: Manifest) -> int:
     """How many guesses can be taken back wherever they fall: the slack of the sliding caches."""
     window = manifest.geometry.sliding_window
     sliding = [layer.capacity for layer in manifest.caches.layers if layer.layer_type == "sliding_attention"]
     return min(sliding) - window if sliding else MOST_DRAFT
-
-
-@dataclass
-class _Tally:
-    """What GenerationStats is made of."""
-
-    prefill_s: float = 0.0
-    complete_s: float = 0.0
-    ttft_s: float = 0.0
-    decode_s: float = 0.0
-    decode_steps: int = 0
-    new_tokens: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    finish: EngineFinish = "cancelled"
-
-    def stats(self, chunks: Chunks) -> GenerationStats:
-        return GenerationStats(
-            chunks.length,
-            self.new_tokens,
-            self.prefill_s,
-            self.ttft_s,
-            self.decode_s,
-            self.decode_steps,
-            self.finish,
-            self.complete_s,
-            chunks.reused,
-            self.drafted,
-            self.accepted,
-        )
 
 
 class _Resume:

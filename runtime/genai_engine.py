@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +20,10 @@ import numpy.typing as npt
 from . import genai_files
 from .bundle import Bundle
 from .errors import BundleError, ConfigError, RequestError
+from .generation import CancelSignal, Generations, Tally
 from .machine import usable_cpus
-from .prompt import Now, Part, Soft, check_ids, check_wanted, room_after
+from .prompt import Now, Part, Soft, check_wanted
 from .sampler import SamplingParams
-from .stats import EngineFinish, GenerationStats
-
-if TYPE_CHECKING:
-    from .engine import CancelSignal
 
 PACKAGE = "onnxruntime-genai"
 SUPPORTED = "0.18"
@@ -35,8 +32,8 @@ MOST_SEED = 2**31 - 1  # genai's seeds are below
 PROVIDERS: dict[str, list[dict[str, Any]]] = {"cpu": [], "cuda": [{"cuda": {}}]}
 
 
-class GenaiEngine:
-    """One model, one sequence at a time. Not thread-safe: one thread owns it."""
+class GenaiEngine(Generations):
+    """One model on onnxruntime-genai."""
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None, hears: bool = False) -> None:
         """Load the bundle.
@@ -45,11 +42,7 @@ class GenaiEngine:
         Raises ConfigError if genai is not there, BundleError if it cannot load the bundle.
         """
         manifest = bundle.manifest
-        self.context = manifest.caches.context  # tokens, prompt and answer together
-        self.eos = frozenset(manifest.tokens.eos)
-        self.last_stats: GenerationStats | None = None
-        self._vocab_size = manifest.geometry.vocab_size
-        self._hidden_size = manifest.geometry.hidden_size
+        super().__init__(manifest)
         # genai makes no cache longer than a generation, but a sliding one must hold its window.
         sliding = [cache.capacity for cache in manifest.caches.layers if cache.layer_type == SLIDING]
         self._least_length = max(sliding, default=0)
@@ -60,20 +53,6 @@ class GenaiEngine:
         self.threads = threads or min(manifest.runtime.threads, usable_cpus())
         self._genai = _genai()
         self._model = self._load(bundle)
-        self._generation = 0
-
-    def generate(
-        self,
-        prompt_ids: Sequence[int],
-        params: SamplingParams | None = None,
-        *,
-        max_new_tokens: int | None = None,
-        cancel: CancelSignal | None = None,
-    ) -> Iterator[int]:
-        """Yield new token ids, as `Engine.generate` does and with its errors."""
-        ids = self._check_ids(prompt_ids)
-        self._check_room(len(ids), max_new_tokens)
-        return self.generate_from([ids.tolist()], params, max_new_tokens=max_new_tokens, cancel=cancel)
 
     def generate_from(
         self,
@@ -121,7 +100,7 @@ class GenaiEngine:
         cancel: CancelSignal | None,
         generation: int,
     ) -> Iterator[int]:
-        tally, start = _Tally(), time.perf_counter()
+        tally, start = Tally(), time.perf_counter()
         try:
             prompt = self._whole(parts, max_new_tokens)
             tally.complete_s = time.perf_counter() - start
@@ -145,17 +124,7 @@ class GenaiEngine:
                 else:
                     tally.decode_s += now - before
                     tally.decode_steps += 1
-                if token in self.eos:
-                    tally.finish = "stop"
-                    return
-                tally.new_tokens += 1
-                if tally.new_tokens == wanted:
-                    tally.finish = "length"
-                yield token
-                if tally.new_tokens == wanted:
-                    return
-                self._check_current(generation)
-                if cancel is not None and cancel.is_set():
+                if (yield from self._give(token, tally, wanted, cancel, generation)):
                     return
         finally:
             if generation == self._generation:
@@ -207,20 +176,13 @@ class GenaiEngine:
             yield
 
     def _check_ids(self, ids: Sequence[int]) -> npt.NDArray[np.int64]:
-        found = check_ids(ids, self._vocab_size)
+        found = super()._check_ids(ids)
         if self._placeholder is not None and (found == self._placeholder).any():
             raise RequestError(
                 "invalid_request",
                 f"token {self._placeholder} stands for a sound, which has to come as soft tokens",
             )
         return found
-
-    def _check_room(self, length: int, max_new_tokens: int | None) -> int:
-        return room_after(length, max_new_tokens, self.context)
-
-    def _check_current(self, generation: int) -> None:
-        if generation != self._generation:
-            raise RuntimeError("another generation was started on this engine; this one cannot go on")
 
 
 def search_options(params: SamplingParams, vocab_size: int) -> dict[str, Any]:
@@ -298,29 +260,3 @@ class _Prompt:
     ids: list[int] = field(default_factory=list)
     soft: list[npt.NDArray[np.float32]] = field(default_factory=list)
     heard: int = 0  # tokens up to the last soft one
-
-
-@dataclass
-class _Tally:
-    """What GenerationStats is made of."""
-
-    prompt_tokens: int = 0
-    new_tokens: int = 0
-    prefill_s: float = 0.0
-    complete_s: float = 0.0
-    ttft_s: float = 0.0
-    decode_s: float = 0.0
-    decode_steps: int = 0
-    finish: EngineFinish = "cancelled"
-
-    def stats(self) -> GenerationStats:
-        return GenerationStats(
-            self.prompt_tokens,
-            self.new_tokens,
-            self.prefill_s,
-            self.ttft_s,
-            self.decode_s,
-            self.decode_steps,
-            self.finish,
-            self.complete_s,
-        )

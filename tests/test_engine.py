@@ -12,6 +12,7 @@ import torch
 from gemma_edge.runtime.engine import Engine, SamplingParams
 from gemma_edge.runtime.errors import RequestError
 
+from .support.cancelling import SetAfter
 from .support.tiny_bundles import TinyBundle
 
 WINDOW, CHUNK, CONTEXT = 8, 16, 192
@@ -139,17 +140,6 @@ def test_impossible_requests_are_refused_at_once(engine: Engine, prompt: list[in
     with pytest.raises(RequestError) as error:
         engine.generate(prompt, max_new_tokens=new_tokens)
     assert error.value.code == "invalid_request"
-
-
-class SetAfter:
-    """A cancel signal that is set after being asked some times."""
-
-    def __init__(self, times: int) -> None:
-        self.left = times
-
-    def is_set(self) -> bool:
-        self.left -= 1
-        return self.left < 0
 
 
 def test_cancelling_between_chunks_runs_no_further_chunk(endless: Engine, monkeypatch: pytest.MonkeyPatch):

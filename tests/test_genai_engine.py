@@ -28,6 +28,7 @@ from gemma_edge.runtime.prompt import NOW, Part, Soft
 from gemma_edge.runtime.sampler import SamplingParams, candidates
 from gemma_edge.runtime.tokenizer import load_tokenizer
 
+from .support.cancelling import SetAfter
 from .support.daemon_process import SERVE, chat, daemon_process, request, stream, user
 from .support.graph_runner import GraphRunner
 from .support.hearing import hearing_bundle, input_audio, wav
@@ -227,17 +228,6 @@ def test_min_p_is_refused():
     with pytest.raises(RequestError, match="min_p") as error:
         search_options(SamplingParams(temperature=1.0, min_p=0.1), 512)
     assert error.value.code == "invalid_request"
-
-
-class SetAfter:
-    """A cancel signal that is set after being asked some times."""
-
-    def __init__(self, times: int) -> None:
-        self.left = times
-
-    def is_set(self) -> bool:
-        self.left -= 1
-        return self.left < 0
 
 
 def test_cancelling(text: GenaiEngine, hearing: GenaiEngine):

@@ -10,7 +10,12 @@ import torch
 from transformers import Gemma4ForCausalLM
 
 from .support.graph_runner import GraphRunner
-from .support.shapes import VALUES_ARE_KEYS
+from .support.shapes import (
+    LAST_SOURCE_SLIDING,
+    NO_PER_LAYER_INPUTS,
+    NOTHING_SHARED_OWN_HEAD,
+    VALUES_ARE_KEYS,
+)
 
 PROMPT, STEPS = 40, 64
 TOLERANCE = 1e-3
@@ -23,41 +28,13 @@ SWAPPED_ROPE = {
 # name -> (text config, slack of the sliding caches)
 SHAPES: dict[str, tuple[dict[str, Any], int]] = {
     "e2b": (dict(), 4),
-    "nothing shared, own head": (
-        dict(
-            num_hidden_layers=4,
-            layer_types=[S, F] * 2,
-            num_kv_shared_layers=0,
-            num_key_value_heads=2,
-            tie_word_embeddings=False,
-        ),
-        0,
-    ),
-    "last source sliding": (
-        dict(
-            num_hidden_layers=5,
-            layer_types=[F, S, S, S, F],
-            num_kv_shared_layers=2,
-            num_key_value_heads=2,
-            use_double_wide_mlp=False,
-        ),
-        0,
-    ),
+    "nothing shared, own head": (NOTHING_SHARED_OWN_HEAD, 0),
+    "last source sliding": (LAST_SOURCE_SLIDING, 0),
     "last source sliding, slack": (
         dict(num_hidden_layers=5, layer_types=[S, F, S, S, F], num_kv_shared_layers=2, sliding_window=11),
         7,
     ),
-    "no per-layer inputs": (
-        dict(
-            num_hidden_layers=4,
-            layer_types=[S, F] * 2,
-            num_kv_shared_layers=2,
-            hidden_size_per_layer_input=0,
-            final_logit_softcapping=None,
-            hidden_activation="silu",
-        ),
-        2,
-    ),
+    "no per-layer inputs": (NO_PER_LAYER_INPUTS, 2),
     "values are keys": (VALUES_ARE_KEYS, 4),
     "all full": (dict(num_hidden_layers=3, layer_types=[F] * 3, num_kv_shared_layers=1), 4),
     "one layer": (dict(num_hidden_layers=1, layer_types=[F], num_kv_shared_layers=0), 4),

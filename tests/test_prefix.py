@@ -16,6 +16,7 @@ from gemma_edge.runtime.prefix import ReuseSettings, default_budget_bytes
 from gemma_edge.runtime.prompt import NOW, Part, Soft
 from gemma_edge.runtime.sampler import SamplingParams
 
+from .support.cancelling import SetAfter
 from .support.tiny_audio import TINY
 from .support.tiny_bundles import TinyBundle
 
@@ -220,17 +221,9 @@ def test_remembering_needs_a_cache_and_room(tiny: TinyBundle, plain: Engine):
 
 
 def test_a_cancelled_prompt_leaves_what_was_run(tiny: TinyBundle, plain: Engine):
-    class After:
-        def __init__(self, times: int) -> None:
-            self.left = times
-
-        def is_set(self) -> bool:
-            self.left -= 1
-            return self.left < 0
-
     engine = open_engine(tiny)
     prompt = ids_of(100)
-    assert list(engine.generate(prompt, max_new_tokens=5, cancel=After(3))) == []
+    assert list(engine.generate(prompt, max_new_tokens=5, cancel=SetAfter(3))) == []
     assert answer(engine, prompt) == answer(plain, prompt)
     assert reused(engine) == 3 * CHUNK
 

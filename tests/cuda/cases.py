@@ -20,6 +20,13 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from ..support.shapes import (
+    LAST_SOURCE_SLIDING,
+    NO_PER_LAYER_INPUTS,
+    NOTHING_SHARED_OWN_HEAD,
+    VALUES_ARE_KEYS,
+)
+
 S, F = "sliding_attention", "full_attention"
 JITTERS = 3  # more runs in float16, with weights that are moved by a rounding: how sensitive each position is
 NANO = Path(__file__).parents[2] / "models" / "nano"
@@ -71,45 +78,10 @@ CASES: dict[str, Case] = {
     "e2b": Case(),
     "e2b int8": Case("int8"),
     "e2b int4": Case("int4"),
-    "nothing shared, own head": Case(
-        model=dict(
-            num_hidden_layers=4,
-            layer_types=[S, F] * 2,
-            num_kv_shared_layers=0,
-            num_key_value_heads=2,
-            tie_word_embeddings=False,
-        )
-    ),
-    "last source sliding": Case(
-        "int4",
-        dict(
-            num_hidden_layers=5,
-            layer_types=[F, S, S, S, F],
-            num_kv_shared_layers=2,
-            num_key_value_heads=2,
-            use_double_wide_mlp=False,
-        ),
-    ),
-    "no per-layer inputs": Case(
-        model=dict(
-            num_hidden_layers=4,
-            layer_types=[S, F] * 2,
-            num_kv_shared_layers=2,
-            hidden_size_per_layer_input=0,
-            final_logit_softcapping=None,
-            hidden_activation="silu",
-        )
-    ),
-    "values are keys": Case(
-        model=dict(
-            num_hidden_layers=4,
-            layer_types=[S, F] * 2,
-            num_kv_shared_layers=1,
-            num_key_value_heads=2,
-            num_global_key_value_heads=1,
-            attention_k_eq_v=True,
-        )
-    ),
+    "nothing shared, own head": Case(model=NOTHING_SHARED_OWN_HEAD),
+    "last source sliding": Case("int4", LAST_SOURCE_SLIDING),
+    "no per-layer inputs": Case(model=NO_PER_LAYER_INPUTS),
+    "values are keys": Case(model=VALUES_ARE_KEYS),
     "window beyond the text": Case(model=dict(sliding_window=200)),
     "heads of E2B": Case(model=HEADS, tokens=300, chunk=100),
     "heads of E2B, int4": Case("int4", HEADS, tokens=300, chunk=100),
