@@ -58,10 +58,10 @@ def collapse(size_bytes: int) -> int:
             moved += size_bytes
             continue
         if ctypes.get_errno() == errno.EINVAL and not moved:
-            log.info("huge pages: this kernel cannot move memory onto them")
+            log.debug("huge pages: this kernel cannot move memory onto them")
             return 0
         refused += size_bytes  # freed meanwhile, or no free huge page
-    log.info("huge pages: %d MiB moved, %d MiB not", moved >> 20, refused >> 20)
+    log.debug("huge pages: %d MiB moved, %d MiB not", moved >> 20, refused >> 20)
     return moved
 
 
