@@ -15,8 +15,12 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -140,13 +144,16 @@ def make(bundle: Bundle, folder: Path) -> int:
 
 def _pack(graph: Path, folder: Path) -> None:
     command = [sys.executable, "-m", f"{__package__}.pack", str(graph), str(folder)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace") as child:
-        try:
-            _, said = child.communicate()
-        except BaseException:
+    child = None
+    try:
+        with _interrupts_held():  # one that came inside Popen would leave a process that nobody knows of
+            child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace")
+        _, said = child.communicate()
+    except BaseException:
+        if child is not None:
             child.kill()
-            child.wait()  # after Ctrl-C, `with` does not wait for long
-            raise
+            child.communicate()
+        raise
     if child.returncode < 0:
         raise PrepareError(f"{graph}: packing was ended by signal {-child.returncode}; nothing of it is kept")
     if child.returncode or not (folder / graph.name).is_file():
@@ -155,6 +162,22 @@ def _pack(graph: Path, folder: Path) -> None:
             f"{graph}: onnxruntime could not write it packed ({why}); nothing of it is kept: free some "
             "space, or go on without"
         )
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C is heard when the block ends. Only the main thread is ever interrupted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _check_destination(folder: Path) -> None:

@@ -281,6 +281,16 @@ class TestAverage:
         for file in sorted(stages[0].iterdir()):
             assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
 
+    def test_a_first_stage_without_ears_takes_the_seconds(self, stages: tuple[Path, Path], tmp_path: Path):
+        deaf = new_model(0)
+        for tensor in deaf.state_dict().values():
+            tensor.fill_(1.0)
+        save_model(deaf, tmp_path / "deaf")
+        average.average(tmp_path / "deaf", stages[1], tmp_path / "out", text=0.75, audio=0.25)
+        for file in (tmp_path / "out").glob("*.safetensors"):
+            for name, tensor in load_file(file).items():
+                assert (tensor == (3.0 if "audio" in name else 2.5)).all(), name
+
     def test_other_shapes_are_refused(self, stages: tuple[Path, Path], tmp_path: Path):
         save_model(new_model(0), tmp_path / "deaf")
         with pytest.raises(ValueError, match="expected two stages of one training"):

@@ -6,13 +6,11 @@ import argparse
 import dataclasses
 import json
 import logging
-import os
 import re
 import resource
 import signal
+import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -274,30 +272,38 @@ def test_too_little_room_is_said_before_the_work(own: Bundle, tmp_path: Path, mo
         make(own, tmp_path / "packed")
 
 
-def test_ctrl_c_ends_the_packing_and_leaves_nothing(own: Bundle, tmp_path: Path, monkeypatch):
-    pid_file = tmp_path / "pid"
+@pytest.mark.parametrize("when", ["while it starts", "while it packs"])
+def test_ctrl_c_ends_the_packing_and_leaves_nothing(when: str, own: Bundle, tmp_path: Path, monkeypatch):
     slow = tmp_path / "python"
-    slow.write_text(f'#!/bin/sh\necho half > "$4/decoder.onnx"\necho $$ > {pid_file}\nexec sleep 60\n')
+    slow.write_text('#!/bin/sh\necho half > "$4/decoder.onnx"\nexec sleep 60\n')
     slow.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(slow))
+    children: list[subprocess.Popen] = []
 
-    def interrupt() -> None:
-        while not (pid_file.exists() and pid_file.read_text().endswith("\n")):
-            pass
-        os.kill(os.getpid(), signal.SIGINT)
+    class Interrupted(subprocess.Popen):
+        def __init__(self, *arguments, **options) -> None:
+            super().__init__(*arguments, **options)
+            children.append(self)
+            if when == "while it starts":
+                signal.raise_signal(signal.SIGINT)
 
+        def communicate(self, *arguments, **options):
+            if when == "while it packs" and self.returncode is None and not self.told:
+                self.told = True
+                signal.raise_signal(signal.SIGINT)
+            return super().communicate(*arguments, **options)
+
+        told = False
+
+    monkeypatch.setattr(prepared.subprocess, "Popen", Interrupted)
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        threading.Thread(target=interrupt).start()
         with pytest.raises(KeyboardInterrupt):
             make(own, tmp_path / "packed")
     finally:
         signal.signal(signal.SIGINT, handler)
     assert not list(tmp_path.glob("packed*"))
-    with pytest.raises(ProcessLookupError):
-        for _ in range(500):
-            os.kill(int(pid_file.read_text()), 0)
-            time.sleep(0.01)
+    assert [child.returncode for child in children] == [-signal.SIGKILL]
 
 
 def test_two_at_once_do_not_mix(own: Bundle, tmp_path: Path):

@@ -3,7 +3,8 @@
     python -m gemma_edge.examples.nano_model.average FIRST SECOND OUT --text 0.6 --audio 0.4
 
 SECOND was trained on from FIRST (`train --init FIRST`), so that every point between them is a model too. The
-two numbers are SECOND's shares of the text model and of the ears.
+two numbers are SECOND's shares of the text model and of the ears. If FIRST has no ears yet, SECOND's are
+taken.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from .model import load_weights, new_model, save_model
 def average(first: Path, second: Path, out: Path, *, text: float, audio: float) -> None:
     """Write the average to `out`. Raises ValueError if the checkpoints are not of one shape."""
     one, other = _weights(first), _weights(second)
+    if not any("audio" in name for name in one):
+        one |= {name: tensor for name, tensor in other.items() if "audio" in name}
     if {n: t.shape for n, t in one.items()} != {n: t.shape for n, t in other.items()}:
         raise ValueError(
             f"{first} and {second} have not the same tensors; expected two stages of one training"
         )
     model = new_model(0, ears=any("audio_tower" in name for name in one))
-    load_weights(model, first)
+    load_weights(model, second)
     own = model.state_dict()
     for name in one:
         share = audio if "audio" in name else text
