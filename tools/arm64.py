@@ -27,6 +27,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .kept_folder import kept_folder
+
 PROJECT = Path(__file__).resolve().parents[1]
 EXTRAS = "cpu,http,audio,voice"  # all that is made for the device
 MIRROR = os.environ.get("GEMMA_EDGE_DEBIAN_MIRROR", "http://deb.debian.org/debian")
@@ -143,29 +145,24 @@ def find_qemu() -> str:
 def _base_root(release: Release) -> Path:
     """Debian's Python for arm64, unpacked; no package is configured and no script of one is run."""
     folder = cache_folder() / f"{release.suite}-python{release.python}"
-    if folder.exists():
-        return folder
-    for name in ("apt-get", "dpkg-deb"):
-        if not shutil.which(name):
-            raise Arm64Error(
-                f"{name} is not here: the root folder is made of Debian packages, on Debian or Ubuntu"
-            )
-    if not KEYRING.exists():
-        raise Arm64Error(f"{KEYRING} is not here: apt install debian-archive-keyring")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    print(f"making {folder} of Debian {release.suite}'s arm64 packages", file=sys.stderr)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
-        root = Path(scratch) / "root"
-        root.mkdir()
-        packages = _download_packages(release, Path(scratch) / "apt")
-        for package in packages:
+
+    def make(root: Path) -> None:
+        for name in ("apt-get", "dpkg-deb"):
+            if not shutil.which(name):
+                raise Arm64Error(
+                    f"{name} is not here: the root folder is made of Debian packages, on Debian or Ubuntu"
+                )
+        if not KEYRING.exists():
+            raise Arm64Error(f"{KEYRING} is not here: apt install debian-archive-keyring")
+        print(f"making {folder} of Debian {release.suite}'s arm64 packages", file=sys.stderr)
+        for package in _download_packages(release, root.with_name("apt")):
             _run(["dpkg-deb", "--extract", str(package), str(root)], "unpacking")
         if not (root / "lib").exists():  # Debian 13: everything is below /usr
             (root / "lib").symlink_to("usr/lib")
         if not (root / "lib/ld-linux-aarch64.so.1").exists():
             raise Arm64Error(f"the packages of {release.suite} hold no loader for arm64: {root}")
-        root.rename(folder)
-    return folder
+
+    return kept_folder(folder, make)
 
 
 def _download_packages(release: Release, folder: Path) -> list[Path]:
@@ -215,6 +212,8 @@ def _finish_root(base: Path, machine: Machine, qemu: str) -> None:
     _write(machine.interpreter, f'#!/bin/sh\nexec {shlex.join([*emulator, str(program)])} "$@"\n')
     for name in ("lib", "etc", "usr/lib", "usr/share"):
         link = machine.root / name
+        if link.is_symlink() and link.readlink() != base / name:  # the cache was moved
+            link.unlink()
         if not link.is_symlink():
             link.symlink_to(base / name)
 
@@ -260,20 +259,17 @@ def needs(wheel: Path, python: str) -> Path:
     """A folder of what the wheel needs: `wheels`, aarch64 and pure ones only, and `site` made of them."""
     key = hashlib.sha256("\n".join([*requirements(wheel), EXTRAS, python]).encode()).hexdigest()[:12]
     folder = cache_folder() / f"needs-{python}-{key}"
-    if folder.exists():
-        return folder
-    print(f"installing aarch64 wheels for Python {python} into {folder}", file=sys.stderr)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
-        made = Path(scratch) / "made"
+
+    def make(made: Path) -> None:
+        print(f"installing aarch64 wheels for Python {python} into {folder}", file=sys.stderr)
         options = platform_options(python)
         _pip("download", "--dest", str(made / "wheels"), *options, f"{wheel}[{EXTRAS}]")
         for own in (made / "wheels").glob("gemma_edge-*"):  # ours comes fresh each time
             own.unlink()
         wheels = [str(path) for path in sorted((made / "wheels").iterdir())]
         _pip("install", "--no-deps", "--no-compile", "--target", str(made / "site"), *options, *wheels)
-        made.rename(folder)
-    return folder
+
+    return kept_folder(folder, make)
 
 
 def platform_options(python: str) -> list[str]:
