@@ -24,6 +24,7 @@ from .machine import usable_cpus
 from .pieces import pieces
 from .prompt import Heard
 from .sampler import Picks
+from .table_pages import mapped_meanwhile
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -52,7 +53,8 @@ class Session:
         self.caches = KvCaches(manifest.caches, provider, window=geometry.sliding_window)
         self.prompts = _open_prefill(bundle, self.threads, self.caches)
         # A gather of a few rows gains nothing from a second pool of threads.
-        self.embeddings = open_graph(bundle.embeddings, 1, "cpu")
+        with mapped_meanwhile(bundle.embeddings.with_suffix(".onnx.data")) as self._tables:
+            self.embeddings = open_graph(bundle.embeddings, 1, "cpu")
         check_caches(bundle.decoder, self.decoder, self.caches)
         _check_keep(bundle.decoder, self.decoder)
 
@@ -113,6 +115,7 @@ class Session:
         self._ids[0, :rows] = ids
         self._positions[0, :rows] = np.arange(position, position + rows)
         self.embeddings.run_with_iobinding(self._embeddings_for(rows))
+        self._tables.looked_up(rows)
         if heard is not None:
             self._embedded["inputs_embeds"][0, heard.at] = heard.rows
         done = self._fill_caches(rows - 1 if last else rows, position)
@@ -152,6 +155,7 @@ class Session:
         embed, decode = self._steps[rows]
         self._bind_mask(decode, position + rows)
         self.embeddings.run_with_iobinding(embed)
+        self._tables.looked_up(rows)
         self.decoder.run_with_iobinding(decode)
 
     def _pieces(self, rows: int, position: int) -> Iterable[tuple[int, int]]:
