@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from .bundle import Bundle
+from .denormals import denormals_as_zero
 from .errors import BundleError
 from .session import Session, open_graph
 from .sessions import AnySession
@@ -67,8 +68,9 @@ class Drafter:
         self._binding.bind_input("attention_mask", "cpu", 0, np.int64, (1, length), self._mask.ctypes.data)
         self._ids[0, 0] = token
         while True:
-            self.session.embeddings.run_with_iobinding(self._embed)
-            self._graph.run_with_iobinding(self._binding)
+            with denormals_as_zero():
+                self.session.embeddings.run_with_iobinding(self._embed)
+                self._graph.run_with_iobinding(self._binding)
             guess = Guess(int(self._token[0, 0]), float(self._probability[0, 0]))
             yield guess
             self._ids[0, 0] = guess.token

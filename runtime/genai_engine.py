@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from . import genai_files
 from .bundle import Bundle
+from .denormals import denormals_as_zero
 from .errors import BundleError, ConfigError, RequestError
 from .generation import CancelSignal, Generations, Tally
 from .machine import usable_cpus
@@ -75,6 +76,7 @@ class GenaiEngine(Generations):
     def close(self) -> None:
         """Nothing is kept on disk."""
 
+    @denormals_as_zero()
     def _load(self, bundle: Bundle) -> Any:
         overlay = _overlay(bundle, self.threads, hears=self._placeholder is not None)
         if bundle.manifest.runtime.execution_provider == "cuda" and not self._genai.is_cuda_available():
@@ -116,7 +118,8 @@ class GenaiEngine(Generations):
             tally.prefill_s = time.perf_counter() - start - tally.complete_s
             while True:
                 before = time.perf_counter()
-                generator.generate_next_token()
+                with denormals_as_zero():
+                    generator.generate_next_token()
                 token = int(generator.get_next_tokens()[0])
                 now = time.perf_counter()
                 if not tally.ttft_s:
@@ -169,10 +172,12 @@ class GenaiEngine(Generations):
                 rows = np.concatenate(prompt.soft).astype(np.float32)
                 inputs["input_features"] = rows[None]
                 inputs["audio_sizes"] = np.array([len(rows)], np.int64)
-            generator.set_inputs(inputs)
+            with denormals_as_zero():
+                generator.set_inputs(inputs)
             yield
         for first in range(done, len(ids), self._chunk):
-            generator.append_tokens(ids[first : first + self._chunk])
+            with denormals_as_zero():
+                generator.append_tokens(ids[first : first + self._chunk])
             yield
 
     def _check_ids(self, ids: Sequence[int]) -> npt.NDArray[np.int64]:

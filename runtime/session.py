@@ -19,6 +19,7 @@ import onnxruntime as ort
 from . import huge_pages
 from .bundle import Bundle
 from .cache import KvCaches
+from .denormals import denormals_as_zero
 from .errors import BundleError
 from .machine import usable_cpus
 from .pieces import pieces
@@ -104,6 +105,7 @@ class Session:
         assert self._hidden is not None
         return self._hidden[0, guesses]
 
+    @denormals_as_zero()
     def prefill(
         self, ids: npt.NDArray[np.int64], position: int, *, last: bool, heard: Heard | None = None
     ) -> None:
@@ -139,6 +141,7 @@ class Session:
             self.prompts.run_with_iobinding(binding, self._shrink if ends else None)
         return rows
 
+    @denormals_as_zero()
     def step(self, token: int, position: int, draft: Sequence[int] = ()) -> None:
         """Run one id at `position`, and guesses at the ids after it; sets the logits after each.
 
@@ -227,7 +230,7 @@ def session_options(threads: int) -> ort.SessionOptions:
     # idle machine and starve each other on a busy one.
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.intra_op.spin_duration_us", "50")
-    # Attention that is sure of itself leaves probabilities under 1e-38: x86 is ten times slower at these.
+    # Its own threads; for the one that calls there is denormals.py.
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     options.log_severity_level = 3
     return options
@@ -257,7 +260,8 @@ def open_graph(
     on_gpu = [(name, dict(provider_options or {})), _PROVIDERS["cpu"]]
     providers = [name] if provider == "cpu" else on_gpu
     try:
-        session = ort.InferenceSession(str(path), options, providers=providers)
+        with denormals_as_zero():  # the first session of a process would leave this thread so
+            session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as cause:  # onnxruntime raises many classes, all derived from Exception alone
         raise BundleError(f"{path}: onnxruntime cannot load it ({cause}); export the bundle again") from cause
     if name not in session.get_providers():  # onnxruntime drops one whose libraries are missing

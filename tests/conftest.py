@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,6 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
         return made[key]
 
     return get
-
-
-@pytest.fixture(autouse=True)
-def subnormal_numbers() -> Iterator[None]:
-    """The first ONNX Runtime session of a process makes this thread take subnormal numbers for zero
-    (`runtime/session.py`), and tests of numbers after it need them.
-    """
-    yield
-    if (torch := sys.modules.get("torch")) is not None:
-        torch.set_flush_denormal(False)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..bundle import Bundle
+from ..denormals import denormals_as_zero
 from ..errors import AudioError, BundleError
 from ..machine import usable_cpus
 from ..session import open_graph
@@ -167,6 +168,7 @@ class AudioStream:
         self._frames = self._frames.copy()  # not a view of what has been encoded
         return np.concatenate(parts)
 
+    @denormals_as_zero()
     def _encode(self, frames: npt.NDArray[np.float32]) -> SoftTokens:
         encoder = self._encoder
         soft_tokens, *state = encoder.graph.run(
