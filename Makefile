@@ -114,6 +114,7 @@ test-cuda: $(READY) ## checks on an NVIDIA GPU, with a report; without a GPU it 
 	@$(VENV_PYTHON) -m tests.cuda.report
 
 test-arm64: $(READY) ## the wheel on emulated Raspberry Pis: aarch64 wheels, text, sound, MQTT, HTTP (qemu-user)
+	@$(VENV_PYTHON) -m tools.arm64 --check
 	@$(VENV_PYTHON) -m pytest -m arm64
 
 bench: $(if $(BUNDLE),$(READY),$(NEEDS)) ## speed of a bundle and of the daemon (BUNDLE= or DEVICE= MODEL= RECIPE= CONTEXT=)

@@ -127,6 +127,7 @@ def plan(nano: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) 
         texts={
             name: dict(bundle=str(path), prompts=prompts, new_tokens=60) for name, path in bundles.items()
         },
+        genai={"genai-int4": dict(bundle=str(nano("int4")), prompts=prompts, new_tokens=60)},
         sounds={
             f"sound-{name}": dict(bundle=str(path), new_tokens=30) | sound for name, path in bundles.items()
         },
@@ -222,6 +223,13 @@ def test_weights_that_the_board_packed_give_the_same_logits(
         refusals += [reason] if reason else []
     assert "made for machine aarch64" in str(misfit(bundle, packed))
     say(f"{board}: packed weights give the same logits; elsewhere: {refusals[0].split(': ')[1]}")
+
+
+def test_genai_gives_the_same_tokens(board: Board, there: Answers, say: Say):
+    """The other engine on the same bundle and board: onnxruntime-genai's aarch64 wheel."""
+    for number in (0, 1):
+        assert there[f"genai-int4/{number}/ids"].tolist() == there[f"int4/{number}/ids"].tolist()
+    say(f"{board}: onnxruntime-genai, int4, a question and a summary: the same tokens")
 
 
 @pytest.mark.parametrize("recipe", ["fp32", "int4"])

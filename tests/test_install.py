@@ -123,7 +123,8 @@ def would_install(platform: Platform, *extras: str) -> dict[str, str]:
 @pytest.mark.parametrize("platform", PLATFORMS, ids=str)
 def test_every_device_has_wheels(platform: Platform):
     """All extras of the device. Needs the package index."""
-    found = would_install(platform, "cpu", "http", "audio", "voice")
+    found = would_install(platform, "cpu", "http", "audio", "voice", "genai")
+    assert found["onnxruntime-genai"].startswith("0.18.")
     assert found["onnxruntime"].startswith("1.32.")
     assert not {"torch", "transformers", "onnx", "onnxruntime-gpu"} & set(found)
 

@@ -160,6 +160,14 @@ def test_test_runs_lint_types_and_the_fast_tests(venv: Path) -> None:
     assert calls(venv)[-4:] == ["-m", "pytest", "-m", "slow"]
 
 
+def test_test_arm64_first_looks_for_what_it_needs(venv: Path) -> None:
+    make(venv, "test-arm64")
+    assert " ".join(calls(venv)) == "python -m tools.arm64 --check python -m pytest -m arm64"
+    program(venv / "bin/python", f'printf "%s\\n" "$@" >> {venv.parent}/calls; exit 1')
+    assert make(venv, "test-arm64", check=False).returncode != 0
+    assert calls(venv)[-1] == "--check"  # no test was begun
+
+
 def test_bench_runs_each_script_of_bench_on_the_bundle(venv: Path) -> None:
     make(venv, "bench", "BUNDLE=b")
     takes_a_bundle = 'add_argument("bundle"'

@@ -1,6 +1,6 @@
 """An arm64 machine where there is none: Debian's Python in a folder, aarch64 wheels, qemu to run them.
 
-    python -m tools.arm64 --python 3.11 -m gemma_edge.cli devices --detect
+    python -m tools.arm64 --python 3.11 -- -m gemma_edge.cli devices --detect
 
 Needs qemu-user and, to make the folder the first time, apt and the network; no root. What it makes stays in
 ~/.cache/gemma-edge/arm64 (GEMMA_EDGE_ARM64). It knows wheels, not what is in them.
@@ -30,7 +30,7 @@ from pathlib import Path
 from .kept_folder import kept_folder
 
 PROJECT = Path(__file__).resolve().parents[1]
-EXTRAS = "cpu,http,audio,voice"  # all that is made for the device
+EXTRAS = "cpu,http,audio,voice,genai"  # all that is made for the device
 MIRROR = os.environ.get("GEMMA_EDGE_DEBIAN_MIRROR", "http://deb.debian.org/debian")
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 NICE = 15  # emulation takes minutes of all cores: whatever else runs goes first
@@ -135,8 +135,20 @@ def find_qemu() -> str:
             return found
     raise Arm64Error(
         "qemu's user-mode emulator for arm64 is not installed: apt install qemu-user-static "
-        "(Debian 13: qemu-user; .ci/run does it)"
+        "(Debian 13: qemu-user)"
     )
+
+
+def check_tools() -> None:
+    """What making and running a board takes is on this machine. Raises Arm64Error."""
+    find_qemu()
+    for name in ("apt-get", "dpkg-deb"):
+        if not shutil.which(name):
+            raise Arm64Error(
+                f"{name} is not here: the root folder is made of Debian packages, on Debian or Ubuntu"
+            )
+    if not KEYRING.exists():
+        raise Arm64Error(f"{KEYRING} is not here: apt install debian-archive-keyring")
 
 
 # ---- The root folder
@@ -147,13 +159,7 @@ def _base_root(release: Release) -> Path:
     folder = cache_folder() / f"{release.suite}-python{release.python}"
 
     def make(root: Path) -> None:
-        for name in ("apt-get", "dpkg-deb"):
-            if not shutil.which(name):
-                raise Arm64Error(
-                    f"{name} is not here: the root folder is made of Debian packages, on Debian or Ubuntu"
-                )
-        if not KEYRING.exists():
-            raise Arm64Error(f"{KEYRING} is not here: apt install debian-archive-keyring")
+        check_tools()
         print(f"making {folder} of Debian {release.suite}'s arm64 packages", file=sys.stderr)
         for package in _download_packages(release, root.with_name("apt")):
             _run(["dpkg-deb", "--extract", str(package), str(root)], "unpacking")
@@ -267,7 +273,9 @@ def needs(wheel: Path, python: str) -> Path:
         for own in (made / "wheels").glob("gemma_edge-*"):  # ours comes fresh each time
             own.unlink()
         wheels = [str(path) for path in sorted((made / "wheels").iterdir())]
-        _pip("install", "--no-deps", "--no-compile", "--target", str(made / "site"), *options, *wheels)
+        # "download" has heeded the board's Python; "install" of pips before 25 looks at this one's.
+        options += ["--ignore-requires-python", "--no-deps", "--no-compile"]
+        _pip("install", *options, "--target", str(made / "site"), *wheels)
 
     return kept_folder(folder, make)
 
@@ -340,23 +348,30 @@ def memory(pid: int) -> Memory:
     return Memory(anonymous, file, emulator)
 
 
-def main() -> int:
+def main(given: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--python", choices=RELEASES, default="3.11")
     parser.add_argument("--cpu", choices=CPUINFO, default="cortex-a76")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of Python: -m gemma_edge.cli devices …")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--check", action="store_true", help="only see whether this machine has what it takes"
+    )
+    end = given.index("--") if "--" in given else len(given)  # what follows is for Python, whatever it is
+    args = parser.parse_args(given[:end])
     try:
+        if args.check:
+            check_tools()
+            return 0
         machine = open_machine(args.python, args.cpu)
         with tempfile.TemporaryDirectory() as scratch:
             site = install(build_wheel(Path(scratch)), args.python, Path(scratch))
-            return subprocess.call(machine.command(*args.arguments), env=machine.environment(*site))
+            command = machine.command(*given[end + 1 :])
+            return subprocess.call(command, env=machine.environment(*site))
     except Arm64Error as error:
         print(f"arm64: {error}", file=sys.stderr)
         return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -2,7 +2,8 @@
 
     python arm64_probe.py PLAN.json OUT.npz
 
-Needs what a device has: gemma_edge.runtime, onnxruntime, numpy. Where the answers are compared: test_arm64.
+Needs what a device has: gemma_edge.runtime, onnxruntime, onnxruntime-genai, numpy. Where the answers are
+compared: test_arm64.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import onnxruntime as ort
 
 from gemma_edge.runtime.bundle import open_bundle
 from gemma_edge.runtime.engine import Engine
+from gemma_edge.runtime.genai_engine import GenaiEngine
 from gemma_edge.runtime.prompt import Part, Soft
 from gemma_edge.runtime.sounds import open_ears
 from gemma_edge.runtime.tokenizer import load_tokenizer
@@ -28,7 +30,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def main(plan: dict, out: Path) -> None:
-    """plan: `products` (a folder), `texts` and `sounds` (name -> what to run); each may be left out."""
+    """plan: `products` (a folder), `texts`, `sounds`, `genai` (name -> what to run); each may be left out."""
     found: Arrays = {"machine": np.array(f"{platform.machine()} Python {platform.python_version()}")}
     if "products" in plan:
         found |= run_products(Path(plan["products"]))
@@ -36,6 +38,8 @@ def main(plan: dict, out: Path) -> None:
         found |= {f"{name}/{key}": value for key, value in run_text(**text).items()}
     for name, sound in plan.get("sounds", {}).items():
         found |= {f"{name}/{key}": value for key, value in run_sound(**sound).items()}
+    for name, text in plan.get("genai", {}).items():
+        found |= {f"{name}/{key}": value for key, value in run_genai(**text).items()}
     np.savez(out, **found)
 
 
@@ -64,6 +68,17 @@ def run_text(bundle: str, prompts: Sequence[str], new_tokens: int, prepared: str
         ids = tokenizer.encode(prompt)
         found |= {f"{number}/prompt": np.array(ids)} | _answer(engine, [list(ids)], new_tokens, f"{number}/")
     return found
+
+
+def run_genai(bundle: str, prompts: Sequence[str], new_tokens: int) -> Arrays:
+    """As run_text, with onnxruntime-genai, which keeps its logits to itself."""
+    opened = open_bundle(Path(bundle))
+    tokenizer = load_tokenizer(opened)
+    engine = GenaiEngine(opened)
+    return {
+        f"{number}/ids": np.array(list(engine.generate(tokenizer.encode(prompt), max_new_tokens=new_tokens)))
+        for number, prompt in enumerate(prompts)
+    }
 
 
 def run_sound(bundle: str, prompt: str, sound: str, new_tokens: int) -> Arrays:
