@@ -188,6 +188,7 @@ def make_plan(
     head = TOKEN_TABLE if model.tied_head else HEAD
 
     prefill = _channel_weights(model, weights) if wants_prefill_graph(profile, recipe) else ()
+    budget = profile.memory.budget_mib << 20
 
     def at(tokens: int) -> tuple[Caches, Memory]:
         caches = plan_caches(model, context=tokens, sliding_slack=profile.kv_cache.sliding_slack, dtype=dtype)
@@ -199,7 +200,9 @@ def make_plan(
         )
 
     caches, memory = at(context)
-    budget = profile.memory.budget_mib << 20
+    if total_bytes(memory) > budget and recipe.prefill_weights == "device":
+        prefill = ()  # a device's wish for speed; the context comes first
+        caches, memory = at(context)
     if total_bytes(memory) > budget:
         fits = _largest_context(lambda tokens: total_bytes(at(tokens)[1]) <= budget, context)
         raise BudgetError(_over_budget(profile, memory, context, fits), fits)

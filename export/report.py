@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..runtime.bundle import MANIFEST, Manifest
 from .bundle import Prepared
-from .plan import total_bytes
+from .plan import total_bytes, wants_prefill_graph
 
 WORST = 3
 
@@ -27,6 +27,7 @@ def report(out: Path, prepared: Prepared, manifest: Manifest) -> str:
         "",
         "memory on the device",
         _row("weights", memory.weights_bytes),
+        *([_row("  of these the prefill graph's", prepared.plan.prefill_bytes)] if manifest.prefill else []),
         _row(f"caches, {caches.context} tokens, {caches.dtype}", memory.kv_bytes),
         _row("process and activations", memory.overhead_bytes),
         *([_row("audio encoder, while it is open", memory.audio_bytes)] if memory.audio_bytes else []),
@@ -37,6 +38,11 @@ def report(out: Path, prepared: Prepared, manifest: Manifest) -> str:
         "",
         _row("weights read for each token", memory.read_per_token_bytes),
     ]
+    if not manifest.prefill and wants_prefill_graph(prepared.job.profile, prepared.job.recipe):
+        lines += [
+            "",
+            "no prefill graph, which the device wants: it would not fit the budget (docs/performance.md)",
+        ]
     worst = sorted(manifest.quantization, key=lambda entry: -entry.relative_error)[:WORST]
     if worst:
         lines += ["", "largest quantization errors, |W - Wq| / |W|"]

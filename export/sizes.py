@@ -30,6 +30,8 @@ Written by `python -m gemma_edge.export.sizes`, from the models' shapes alone.
 - **bundle**: the data files. Tokenizer and graphs add some 40 MB, the audio encoder some 300 MB.
 - **memory**: what counts against the device's budget: weights (repacked by ONNX Runtime, so anonymous),
   caches, activations of one prefill chunk, Python and libraries. The audio encoder's comes on top.
+- **prompt**: the int8 copy of the lower layers' weights for prompts, where the profile asks for it and the budget
+  has room ([performance.md](performance.md#prefill)); bundle and memory have it in them.
 - **mapped**: embedding and rotary tables, of which a token touches a few rows. The system drops their pages
   when it needs the memory.
 - **context** is the profile's, or, in *italics*, the largest that fits the budget where that is less.
@@ -75,14 +77,14 @@ def table(rows: Iterator[Row]) -> Iterator[str]:
     """Lines of Markdown."""
     columns = [
         *("device", "recipe", "cache", "context", "bundle GB", "memory MiB", "of budget", "caches MiB"),
-        *("mapped MiB", "read MiB"),
+        *("prompt MiB", "mapped MiB", "read MiB"),
     ]
     yield f"| {' | '.join(columns)} |"
     yield "|---" * len(columns) + "|"
     for row in rows:
         start = f"| {row.profile.name} | {row.recipe} | {row.profile.kv_cache.dtype} |"
         if row.plan is None:
-            yield f"{start} does not fit | | over {row.profile.memory.budget_mib} | | | | |"
+            yield f"{start} does not fit | | over {row.profile.memory.budget_mib} | | | | | |"
             continue
         memory, tokens = row.plan.memory, row.plan.caches.context
         context = f"{tokens:,}" if tokens == row.asked else f"*{tokens:,}*"
@@ -91,6 +93,7 @@ def table(rows: Iterator[Row]) -> Iterator[str]:
             _mib(total_bytes(memory)),
             f"{share:.0%}",
             _mib(memory.kv_bytes),
+            _mib(row.plan.prefill_bytes),
             _mib(memory.mapped_bytes),
         ]
         figures.append(_mib(memory.read_per_token_bytes))

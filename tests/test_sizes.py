@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from gemma_edge.export.plan import total_bytes
+from gemma_edge.export.plan import BudgetError, make_plan, total_bytes
+from gemma_edge.export.recipes import load_recipe
 from gemma_edge.export.sizes import RECIPES, main, model_of, row_of, table
 from gemma_edge.export.synthetic import MODELS
 from gemma_edge.runtime.profile import load_profile, load_profiles
@@ -23,7 +25,11 @@ def test_the_page_has_every_device_and_is_up_to_date():
     page = PAGE.read_text()
     for profile in load_profiles():
         assert page.count(f"| {profile.name} |") == len(RECIPES) * len(MODELS)
-    for model, device in (("e2b", "raspberry-pi-5-8gb"), ("e4b", "jetson-orin-nano-8gb")):
+    for model, device in (
+        ("e2b", "raspberry-pi-5-8gb"),
+        ("e4b", "jetson-orin-nano-8gb"),
+        ("e2b", "x86-64-generic"),
+    ):
         lines = list(table(row(model, recipe, device) for recipe in RECIPES))
         missing = [line for line in lines if line not in page]
         assert not missing, f"{missing}: run `python -m gemma_edge.export.sizes > docs/sizes.md`"
@@ -54,3 +60,16 @@ def test_a_context_beyond_the_budget_is_cut_to_what_fits(capsys: pytest.CaptureF
     assert cut.startswith("*") and 64 <= int(cut.strip("*").replace(",", "")) < 8192
     assert main(["--model", "e4b", "--recipe", "fp16", "--device", "raspberry-pi-4-4gb"]) == 0
     assert "does not fit" in capsys.readouterr().out
+
+
+def test_the_copy_for_prompts_is_there_where_it_fits():
+    """The device's wish gives way to the context; a recipe's does not."""
+    with_copy, without = (row(model, "int4", "x86-64-generic").plan for model in ("e2b", "e4b"))
+    assert with_copy is not None and with_copy.prefill_bytes > 500e6
+    assert without is not None and not without.prefill and without.caches.context == 8192
+    profile, model = load_profile("x86-64-generic"), model_of("e4b")
+    asked = replace(load_recipe("int4"), prefill_weights="int8")
+    with pytest.raises(BudgetError) as refused:
+        make_plan(model, profile, asked, context=8192)
+    assert make_plan(model, profile, asked, context=refused.value.fits).prefill
+    assert refused.value.fits < 8192
