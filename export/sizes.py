@@ -30,7 +30,7 @@ Written by `python -m gemma_edge.export.sizes`, from the models' shapes alone.
 - **bundle**: the data files. Tokenizer and graphs add some 40 MB, the audio encoder some 300 MB.
 - **memory**: what counts against the device's budget: weights (repacked by ONNX Runtime, so anonymous),
   caches, activations of one prefill chunk, Python and libraries. The audio encoder's comes on top.
-- **prompt**: the int8 copy of the lower layers' weights for prompts, where the profile asks for it and the budget
+- **prompt**: the int8 copy of the lower layers' weights for prompts, where the profile asks and the budget
   has room ([performance.md](performance.md#prefill)); bundle and memory have it in them.
 - **mapped**: embedding and rotary tables, of which a token touches a few rows. The system drops their pages
   when it needs the memory.
