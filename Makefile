@@ -20,6 +20,7 @@ SPEAK ?=
 HOME_FILE ?=
 BROKER ?= demo
 PEERS ?=
+QAT ?=
 EXTRAS ?= cpu,http,audio
 # The values reach the shell through the environment, unexpanded, so that quotes and dollar signs in them are safe.
 override PROMPT := $(value PROMPT)
@@ -47,7 +48,8 @@ USED_BUNDLE := $(or $(BUNDLE),$(OWN_BUNDLE))
 # With a bundle at hand the runtime's few packages are enough: no torch on the device.
 NEEDS := $(if $(BUNDLE),$(if $(wildcard $(READY)),$(READY),$(READY_DEVICE)),$(OWN_BUNDLE)/manifest.json)
 override PEERS := $(value PEERS)
-export USED_BUNDLE OWN_BUNDLE OWN_MODEL PEERS
+override QAT := $(value QAT)
+export USED_BUNDLE OWN_BUNDLE OWN_MODEL PEERS QAT
 
 # $(call run_export,MODEL,OUT,FORCE): MODEL and OUT are shell words; empty leaves the choice to the exporter.
 run_export = $(GEMMA_EDGE) export --device "$$DEVICE" $(if $(1),--model $(1)) $(if $(2),--out $(2)) \
@@ -57,9 +59,6 @@ own_model = $(if $(filter nano,$(OWN_MODEL)),models/nano,"$$OWN_MODEL")
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-
-# The benchmarks that take a bundle.
-BUNDLE_BENCHES := $(sort $(shell grep -l 'add_argument."bundle"' bench/*.py))
 
 .PHONY: help setup setup-device export ask serve demo voice test test-slow test-cuda test-arm64 bench lint clean distclean
 
@@ -80,7 +79,8 @@ help: ## this list
 	@echo "  SPEAK=HOW     how voice answers: auto, piper, espeak, off, or FILE.wav"
 	@echo "  HOME_FILE=F   tools and settings of voice (default: the example's); BROKER=URL (default: one of its own)"
 	@echo "  EXTRAS=LIST   what setup-device installs (default: cpu,http,audio; docs/install.md)"
-	@echo "  PEERS=FOLDER  bench: llama.cpp and LiteRT-LM too, built and kept in this folder"
+	@echo "  PEERS=FOLDER  bench: llama.cpp and LiteRT-LM too, built and kept in this folder (bench/peers.py)"
+	@echo "  QAT=BUNDLE    bench: a qat-mobile bundle of a full-size model, beside BUNDLE's int4"
 	@echo "  PYTHON=PATH   the Python of .venv (3.11 or later)"
 
 setup: $(READY) ## make .venv with the gemma-edge command and all that export and the tests need
@@ -117,13 +117,8 @@ test-arm64: $(READY) ## the wheel on emulated Raspberry Pis: aarch64 wheels, tex
 	@$(VENV_PYTHON) -m tools.arm64 --check
 	@$(VENV_PYTHON) -m pytest -m arm64
 
-bench: $(if $(BUNDLE),$(READY),$(NEEDS)) ## speed of a bundle and of the daemon (BUNDLE= or DEVICE= MODEL= RECIPE= CONTEXT=)
-	@set -e; for script in $(BUNDLE_BENCHES); do \
-		echo "== $$script"; $(VENV_PYTHON) "$$script" "$$USED_BUNDLE"; done
-	@if [ -n "$$PEERS" ]; then echo "== bench/peers.py"; \
-		$(VENV_PYTHON) bench/peers.py "$$USED_BUNDLE" --work "$$PEERS"; \
-	else echo "beside llama.cpp and LiteRT-LM, with a bundle of E2B's size: make bench BUNDLE=DIR PEERS=FOLDER"; fi
-	@echo "full-size export, which needs 13 GB of disk: $(VENV_PYTHON) bench/export.py --model e2b"
+bench: $(if $(BUNDLE),$(READY),$(NEEDS)) ## speed and memory beside their targets, in one table (BUNDLE= QAT= PEERS=)
+	@$(VENV_PYTHON) bench/targets.py "$$USED_BUNDLE" $${QAT:+"$$QAT"} $${PEERS:+--peers "$$PEERS"}
 
 lint: $(READY) ## ruff and mypy
 	@$(VENV_PYTHON) -m ruff check .

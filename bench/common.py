@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 
 PACKAGES = ("gemma-edge", "onnxruntime", "numpy", "sentencepiece")
+ERROR_CHARACTERS = 4000  # of a failed process, its last ones
 ORT_PACKAGES = ("onnxruntime-gpu", "onnxruntime")  # both import as onnxruntime
 
 
@@ -73,6 +76,21 @@ def read_bandwidth_bytes_per_s(threads: int, size_bytes: int = 512 * 2**20, repe
             list(pool.map(np.max, parts))
             best = max(best, size_bytes / (time.perf_counter() - start))
     return best
+
+
+def measured_process(command: list[str]) -> tuple[str, int]:
+    """What a command prints, and the most memory that it had resident, in bytes; its failure is an error."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        with subprocess.Popen(command, stdout=out, stderr=errors) as child:
+            _, status, usage = os.wait4(child.pid, 0)
+            child.returncode = os.waitstatus_to_exitcode(status)
+        for file in (out, errors):
+            file.seek(0)
+        if child.returncode:
+            raise SystemExit(
+                f"{' '.join(command)}: status {child.returncode}\n{errors.read()[-ERROR_CHARACTERS:]}"
+            )
+        return out.read(), usage.ru_maxrss * 1024
 
 
 def print_json(result: dict[str, Any]) -> None:

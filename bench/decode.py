@@ -119,6 +119,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--no-tables", action="store_true", help="no steps by operator")
+    parser.add_argument("--bandwidth", type=float, metavar="GB_S", help="of memory, if it is known already")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-p", type=float, default=1.0)
     args = parser.parse_args()
@@ -134,7 +135,7 @@ def main() -> None:
     engine._session.embeddings = RunClock(engine._session.embeddings)
     operators.move(bundle)
     threads = engine._session.threads
-    bandwidth = read_bandwidth_bytes_per_s(threads)
+    bandwidth = args.bandwidth * 1e9 if args.bandwidth else read_bandwidth_bytes_per_s(threads)
     read_bytes = bundle.manifest.memory.read_per_token_bytes
     print(
         f"{bundle.name}: recipe {bundle.manifest.recipe}, {threads} threads, loaded in {load_s:.2f} s; "

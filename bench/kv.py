@@ -4,7 +4,8 @@
     python bench/kv.py FLOAT32_BUNDLE INT8_BUNDLE --positions 128 1024 4000   # speed of bundles of one model
 
 Accuracy: the texts of `gemma-edge verify`, token by token, against the same recipe with float32 caches: mean
-Kullback-Leibler divergence of the next token, and how often the likeliest is another one. Speed: decode steps
+Kullback-Leibler divergence of the next token, and how often the likeliest is another one. Sizes: E2B's caches
+at 32,768 tokens, from its shape. Speed: decode steps
 at far positions of caches filled with made-up keys and values, bundles in turns.
 """
 
@@ -21,9 +22,12 @@ import msgspec
 import numpy as np
 from common import machine, median, print_json, print_machine
 from context import cache_bytes_read, fill_caches
+from recipes import roomy
 
 from gemma_edge.export.bundle import Job, prepare, write_bundle
+from gemma_edge.export.plan import make_plan
 from gemma_edge.export.recipes import load_recipe
+from gemma_edge.export.sizes import model_of
 from gemma_edge.export.source import find_checkpoint
 from gemma_edge.runtime.bundle import Bundle, open_bundle
 from gemma_edge.runtime.chat import load_template
@@ -45,6 +49,17 @@ def export_nano(folder: Path, recipe: str, kv: str) -> Bundle:
     out = folder / f"{recipe}-{kv}"
     write_bundle(prepare(Job(source, profile, load_recipe(recipe), 512, out, audio=False)))
     return open_bundle(out)
+
+
+def sizes(context: int = 32768) -> dict[str, int]:
+    """Bytes of E2B's caches by type, worked out as an export does it."""
+    base, found = roomy(load_profile("x86-64-generic")), {}
+    for kv in TYPES:
+        profile = msgspec.structs.replace(base, kv_cache=msgspec.structs.replace(base.kv_cache, dtype=kv))
+        plan = make_plan(model_of("e2b"), profile, load_recipe("int4"), context=context)
+        found[kv] = plan.caches.size_bytes
+        print(f"E2B, context {context}, {kv} caches: {found[kv] / 1e6:.1f} MB", flush=True)
+    return found
 
 
 def read_texts(bundle: Bundle, count: int, tokens: int) -> list[list[int]]:
@@ -137,11 +152,12 @@ def main() -> None:
 
     about = machine()
     print_machine(about)
+    found: dict[str, int] = {}
     if args.bundles:
         rows = speed(args.bundles, args.positions, args.steps, args.threads)
     else:
-        rows = accuracy(args.recipes, args.texts, args.tokens)
-    print_json({"bench": "kv", "rows": rows, "machine": about})
+        rows, found = accuracy(args.recipes, args.texts, args.tokens), sizes()
+    print_json({"bench": "kv", "rows": rows, "sizes": found, "machine": about})
 
 
 if __name__ == "__main__":

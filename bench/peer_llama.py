@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import measured_process
 
 from gemma_edge.export.geometry import TextModel
 
@@ -89,13 +90,14 @@ def fetch(work: Path) -> Path:
 def run(
     program: Path, model: Path, *, threads: int, prompts: list[int], new: int, depths: list[int]
 ) -> dict[str, Any]:
-    """Tokens a second: {"prefill": {tokens: …}, "decode": {depth: …}}."""
+    """Tokens a second, and the processes' peak memory: {"prefill": {tokens: …}, "decode": {depth: …}, …}."""
     common = [str(program), "-m", str(model), "-t", str(threads), "-r", "1", "-o", "json"]
     listed = [",".join(map(str, numbers)) for numbers in (prompts, depths)]
     calls = [["-p", listed[0], "-n", "0"], ["-p", "0", "-n", str(new), "-d", listed[1]]]
-    found: dict[str, Any] = {"prefill": {}, "decode": {}}
+    found: dict[str, Any] = {"prefill": {}, "decode": {}, "peak_bytes": 0}
     for call in calls:
-        out = subprocess.run([*common, *call], check=True, capture_output=True, text=True).stdout
+        out, peak_bytes = measured_process([*common, *call])
+        found["peak_bytes"] = max(found["peak_bytes"], peak_bytes)
         for row in json.loads(out):
             kind, key = ("decode", row["n_depth"]) if row["n_gen"] else ("prefill", row["n_prompt"])
             found[kind][key] = row["avg_ts"]

@@ -1,53 +1,53 @@
 """This project and its peers on one machine: decode and prefill of models of one shape, in turns.
 
-    python bench/peers.py BUNDLE --work DIR [--model e2b] [--threads 2] [--rounds 3]
-                          [--no-amx] [--litert-model FILE.litertlm]
+    python bench/peers.py BUNDLE [BUNDLE ...] --work DIR [--model e2b] [--threads 2] [--rounds 3] [--no-amx]
 
-BUNDLE is ours: any weights will do, speed does not depend on them, e.g.
+Bundles are ours: any weights will do, speed does not depend on them, e.g.
 
     python -m gemma_edge.export.synthetic --model e2b DIR/checkpoint
     gemma-edge export --model DIR/checkpoint --device x86-64-generic --recipe int4 --context 4096 --out
     DIR/e2b-int4
 
-DIR takes what the peers need, 5 GB for E2B, and is used again by the next run:
+DIR takes what the peers need, for E2B 3 GB and with LiteRT-LM 16, and is used again by the next run:
 - llama.cpp, built from llama-cpp-python's source archive (cmake, ninja and a C++ compiler), native. On
   processors with AMX the build has a barrier without which it crashes; --no-amx builds without these
   units, as on boards. Its model has the same shape, random weights, everything Q4_0.
-- LiteRT-LM, from PyPI, in an environment of its own, if a model for it is given.
+- LiteRT-LM, from PyPI, in an environment of its own, with the models of it that are there. Before, once:
+  `python bench/peer_litert.py DIR/checkpoint --work DIR`; without, it is left out, which is said.
 
 In each round every program runs once, one after the other, with the same number of threads: a prompt of 128
 and one of 1,024 tokens, then 64 tokens after no context and after 1,024. Before each round the read bandwidth
-of as many threads is measured. Printed are medians and ratios, ours to the best peer's, and how much of the
-bandwidth our decode steps use. The last line is JSON.
+of as many threads is measured. Printed are medians and ratios, ours to each peer's, and how much of the
+bandwidth our decode steps use. The last line is JSON; its decode_ratio and prefill_ratio are the first
+bundle's to the best peer's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import peer_litert
 import peer_llama
-from common import machine, median, print_json, print_machine, read_bandwidth_bytes_per_s
+from common import (
+    machine,
+    measured_process,
+    median,
+    print_json,
+    print_machine,
+    read_bandwidth_bytes_per_s,
+)
 
 from gemma_edge.export.sizes import model_of
 from gemma_edge.runtime.bundle import open_bundle
 
-OURS, LLAMA, LITERT = "gemma-edge", "llama.cpp", "LiteRT-LM"
+LLAMA = "llama.cpp"
 PROMPTS, DEPTHS, NEW = [128, 1024], [0, 1024], 64
-# decode: of llama.cpp with everything Q4_0, and of LiteRT-LM's 2- and 4-bit mix; share: of the bandwidth.
-TARGETS = {
-    "int4": {"decode": (1.0, LLAMA), "share": 0.75},
-    "qat-mobile": {"decode": (1.5, LITERT), "share": None},
-}
-# What LiteRT-LM's mix did, where no model for it is at hand: E2B, two threads (docs/performance.md).
-LITERT_MIX = {"prefill": {1024: 276.0}, "decode": {1024: 10.7}}
 
-Figures = dict[str, dict[int, float]]  # kind -> tokens -> tokens a second
+Figures = dict[str, Any]  # "prefill", "decode": tokens -> tokens a second; "peak_bytes": one number
 
 
 def main() -> int:
@@ -62,7 +62,6 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=machine()["cores"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-amx", action="store_true")
-    parser.add_argument("--litert-model", type=Path)
     args = parser.parse_args()
 
     about = machine()
@@ -81,6 +80,7 @@ def main() -> int:
     print_json(
         {"bench": "peers", "threads": args.threads, "amx": not args.no_amx, **result, "machine": about}
         | {"bandwidths": [round(value) for value in bandwidths], "rounds": rounds}
+        | {"peer_versions": {LLAMA: peer_llama.SOURCE, "LiteRT-LM": peer_litert.VERSION}}
     )
     return 0
 
@@ -96,6 +96,8 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
             raise SystemExit(
                 f"{path} does not have the shape of {args.model}; export one or name it with --model"
             )
+        if path.name in runners:
+            raise SystemExit(f"{path}: there is a bundle of that name already; results go by name")
         runners[path.name] = lambda path=path: run_ours(path, args.threads)
     program = peer_llama.build(args.work, amx=not args.no_amx)
     model = args.work / f"{Path(args.model).stem}-q4_0.gguf"
@@ -103,15 +105,17 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
     runners[LLAMA] = lambda: peer_llama.run(
         program, model, threads=args.threads, prompts=PROMPTS, new=NEW, depths=DEPTHS
     )
-    if args.litert_model is None:
-        print(
-            f"{LITERT} is left out: no --litert-model. Making one for E2B takes 22.7 GiB of memory "
-            "(docs/performance.md); its 2- and 4-bit mix did 10.7 tok/s there."
-        )
-    else:
-        python = peer_litert.install(args.work)
-        runners[LITERT] = lambda: peer_litert.run(
-            python, args.litert_model, threads=args.threads, prompt=PROMPTS[-1], new=NEW
+    for mix, name in peer_litert.MIXES.items():
+        model = args.work / f"{mix}.litertlm"
+        if not model.is_file():
+            print(
+                f"{name} is left out: no {model}. python bench/peer_litert.py CHECKPOINT "
+                f"--work {args.work} makes it, of a checkpoint of this shape"
+            )
+            continue
+        python = peer_litert.install(args.work, peer_litert.RUNTIME, "litert_lm")
+        runners[name] = lambda python=python, model=model: peer_litert.run(
+            python, model, threads=args.threads, prompts=PROMPTS, depths=DEPTHS, new=NEW
         )
     return runners
 
@@ -120,52 +124,61 @@ def run_ours(bundle: Path, threads: int) -> Figures:
     """bench/decode.py in a process of its own; a prompt of one token stands for no context."""
     script = Path(__file__).with_name("decode.py")
     prompts = [str(tokens) for tokens in (1, *PROMPTS)]
-    out = subprocess.run(
-        [
-            *[sys.executable, str(script), str(bundle), "--no-tables", "--threads", str(threads)],
-            *["--new-tokens", str(NEW), "--repeats", "1", "--prompt-tokens", *prompts],
-        ],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
+    command = [sys.executable, str(script), str(bundle), "--no-tables", "--threads", str(threads)]
+    # Its own measurement of the bandwidth would be in the peak of memory; the share is worked out here.
+    command += ["--bandwidth", "1", "--new-tokens", str(NEW), "--repeats", "1", "--prompt-tokens", *prompts]
+    out, peak_bytes = measured_process(command)
     rows = {row["prompt_tokens"]: row for row in json.loads(out.splitlines()[-1])["rows"]}
     return {
         "prefill": {tokens: rows[tokens]["prefill_tok_s"] for tokens in PROMPTS},
         "decode": {depth: rows[max(depth, 1)]["decode_tok_s"] for depth in DEPTHS},
+        "peak_bytes": peak_bytes,
     }
 
 
 def compare(medians: dict[str, Figures], bundles: dict[str, Path], bandwidth: float) -> dict[str, Any]:
-    """Ratios to the best peer that was measured, for the first bundle; shares and targets for each."""
-    peers = [name for name in medians if name not in bundles]
-    first = next(iter(bundles))
-    ratios = {
-        kind: {
-            tokens: medians[first][kind][tokens] / max(medians[peer][kind].get(tokens, 0.0) for peer in peers)
-            for tokens in medians[first][kind]
-        }
-        for kind in ("decode", "prefill")
+    """Ratios of each bundle to each peer; the first one's to the best peer; shares of the bandwidth."""
+    against = {name: ratios(medians, name, bundles) for name in bundles}
+    manifests = {name: open_bundle(path).manifest for name, path in bundles.items()}
+    best = {
+        kind: [min(peer[kind][tokens] for peer in against[next(iter(bundles))].values()) for tokens in listed]
+        for kind, listed in (("decode", DEPTHS), ("prefill", PROMPTS[-1:]))
     }
-    shares = {}
-    for name, path in bundles.items():
-        manifest = open_bundle(path).manifest
-        caches = {depth: _cache_bytes(manifest.caches, depth) for depth in DEPTHS}
-        shares[name] = {
-            depth: (manifest.memory.read_per_token_bytes + caches[depth]) * speed / bandwidth
-            for depth, speed in medians[name]["decode"].items()
+    shares = {
+        name: {
+            depth: round(
+                (manifest.memory.read_per_token_bytes + _cache_bytes(manifest.caches, depth))
+                * medians[name]["decode"][depth]
+                / bandwidth,
+                3,
+            )
+            for depth in DEPTHS
         }
+        for name, manifest in manifests.items()
+    }
     return {
-        "decode_ratio": round(min(ratios["decode"].values()), 3),
-        "prefill_ratio": round(ratios["prefill"][PROMPTS[-1]], 3),
-        "ratios": {
-            kind: {tokens: round(value, 3) for tokens, value in row.items()} for kind, row in ratios.items()
-        },
+        "decode_ratio": min(best["decode"]),
+        "prefill_ratio": best["prefill"][0],
+        "against": against,
         "medians": medians,
-        "share_of_bandwidth": {
-            name: {depth: round(value, 3) for depth, value in row.items()} for name, row in shares.items()
-        },
-        "recipes": {name: open_bundle(path).manifest.recipe for name, path in bundles.items()},
+        "share_of_bandwidth": shares,
+        "recipes": {name: manifest.recipe for name, manifest in manifests.items()},
+    }
+
+
+def ratios(medians: dict[str, Figures], ours: str, bundles: dict[str, Path]) -> dict[str, Figures]:
+    """Peer -> "decode", "prefill": tokens -> ours to theirs; "peak_bytes": ours to theirs."""
+    return {
+        peer: {
+            kind: {
+                tokens: round(speed / theirs[kind][tokens], 3)
+                for tokens, speed in medians[ours][kind].items()
+            }
+            for kind in ("decode", "prefill")
+        }
+        | {"peak_bytes": round(medians[ours]["peak_bytes"] / theirs["peak_bytes"], 3)}
+        for peer, theirs in medians.items()
+        if peer not in bundles
     }
 
 
@@ -179,43 +192,20 @@ def report(
     )
     columns = [("prefill", tokens) for tokens in PROMPTS] + [("decode", depth) for depth in DEPTHS]
     heads = [f"prefill {tokens}" for tokens in PROMPTS] + [f"decode at {depth}" for depth in DEPTHS]
-    print(f"{'tok/s':24}" + "".join(f"{head:>16}" for head in heads))
+    print(f"| tok/s | {' | '.join(heads)} | peak GB |\n|---|{'---|' * (len(heads) + 1)}")
     for name, found in medians.items():
-        values = [found[kind].get(tokens) for kind, tokens in columns]
-        print(f"{name:24}" + "".join(f"{'-' if value is None else f'{value:.1f}':>16}" for value in values))
+        values = [f"{found[kind][tokens]:.1f}" for kind, tokens in columns]
+        print(f"| {name} | {' | '.join(values)} | {found['peak_bytes'] / 1e9:.2f} |")
+    for name, peers in result["against"].items():
+        for peer, found in peers.items():
+            values = [f"{found[kind][tokens]:.2f}" for kind, tokens in columns]
+            print(f"| {name} to {peer} | {' | '.join(values)} | {found['peak_bytes']:.2f} |")
     print(f"decode {result['decode_ratio']} and prefill {result['prefill_ratio']} times the best peer's")
     for name, recipe in result["recipes"].items():
         share = ", ".join(
             f"{value:.0%} at {depth}" for depth, value in result["share_of_bandwidth"][name].items()
         )
         print(f"{name} ({recipe}): {share} of the bandwidth")
-        for depth, met in targets(recipe, medians, name, result):
-            print(f"  target at {depth}: {met}")
-
-
-def targets(
-    recipe: str, medians: dict[str, Figures], name: str, result: dict[str, Any]
-) -> list[tuple[int, str]]:
-    """Each target of a recipe, and what was reached."""
-    if recipe not in TARGETS:
-        return []
-    least, peer = TARGETS[recipe]["decode"]
-    theirs = medians.get(peer, LITERT_MIX if peer == LITERT else {"decode": {}})["decode"]
-    rows = []
-    for depth, speed in medians[name]["decode"].items():
-        against = theirs.get(depth, theirs.get(DEPTHS[-1]))
-        if against is None:
-            continue
-        ratio = speed / against
-        source = peer if peer in medians else f"{peer}'s recorded {against}"
-        rows.append(
-            (depth, f"decode >= {least} x {source}: {ratio:.2f}, {'met' if ratio >= least else 'missed'}")
-        )
-        if wanted := TARGETS[recipe]["share"]:
-            share = result["share_of_bandwidth"][name][depth]
-            verdict = "met" if share >= wanted else "missed"
-            rows.append((depth, f"{wanted:.0%} of the bandwidth: {share:.0%}, {verdict}"))
-    return rows
 
 
 def _cache_bytes(caches: Any, depth: int) -> int:
@@ -229,16 +219,19 @@ def _cache_bytes(caches: Any, depth: int) -> int:
 
 def _medians(rounds: list[Figures]) -> Figures:
     return {
-        kind: {tokens: round(median([found[kind][tokens] for found in rounds]), 2) for tokens in row}
-        for kind, row in rounds[0].items()
-    }
+        kind: {
+            tokens: round(median([found[kind][tokens] for found in rounds]), 2) for tokens in rounds[0][kind]
+        }
+        for kind in ("prefill", "decode")
+    } | {"peak_bytes": round(median([found["peak_bytes"] for found in rounds]))}
 
 
 def _line(found: Figures) -> str:
-    return "; ".join(
-        f"{kind} " + ", ".join(f"{value:.1f} at {tokens}" for tokens, value in row.items())
-        for kind, row in found.items()
+    speeds = "; ".join(
+        f"{kind} " + ", ".join(f"{value:.1f} at {tokens}" for tokens, value in found[kind].items())
+        for kind in ("prefill", "decode")
     )
+    return f"{speeds}; peak {found['peak_bytes'] / 1e9:.2f} GB"
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ def main() -> None:
 
     system = ids(args.system)
     figures: dict[str, list[float]] = {}
+    ran: dict[str, list[float]] = {}  # tokens of the prompt, without those that were reused
     with tempfile.TemporaryDirectory() as folder:
         kept = ReuseSettings(budget, Path(folder), boundary=lambda keys: len(system))
 
@@ -51,7 +52,9 @@ def main() -> None:
             tokens = list(engine.generate(prompt, max_new_tokens=args.answer))
             assert engine.last_stats is not None
             if name is not None:
-                figures.setdefault(name, []).append(engine.last_stats.ttft_s)
+                stats = engine.last_stats
+                figures.setdefault(name, []).append(stats.ttft_s)
+                ran.setdefault(name, []).append(stats.prompt_tokens - stats.reused_tokens)
             return tokens
 
         engines = {"without": Engine(bundle, threads=args.threads)}
@@ -92,6 +95,7 @@ def main() -> None:
             "window_tokens": args.window,
             "turn_tokens": args.turn,
             "seconds": seconds,
+            "tokens_run": {name: median(values) for name, values in ran.items()},
             "window_ratio": round(seconds["window_without"] / seconds["window_with"], 2),
             "turn_ratio": round(seconds["turn_without"] / seconds["turn_with"], 2),
             "snapshot_bytes": snapshot.size_bytes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -52,24 +53,33 @@ def test_weights_are_named_by_their_place_in_a_layer(bench) -> None:
     assert product("embed_tokens.weight.scales") == product("lm_head.weight.blocks") == "head"
 
 
-def test_targets_name_what_was_met_and_against_whom(bench) -> None:
+def test_ratios_are_ours_to_each_peers(bench) -> None:
     peers = bench("peers")
-    medians = {
-        "ours": {"decode": {0: 20.0, 1024: 10.0}},
-        peers.LLAMA: {"decode": {0: 10.0, 1024: 12.5}},
+    ours = {"decode": {0: 20.0, 1024: 10.0}, "prefill": {128: 100.0, 1024: 90.0}, "peak_bytes": 3}
+    llama = {"decode": {0: 10.0, 1024: 12.5}, "prefill": {128: 50.0, 1024: 30.0}, "peak_bytes": 4}
+    assert peers.ratios({"b": ours, peers.LLAMA: llama}, "b", {"b": Path("b")}) == {
+        peers.LLAMA: {"decode": {0: 2.0, 1024: 0.8}, "prefill": {128: 2.0, 1024: 3.0}, "peak_bytes": 0.75}
     }
-    result = {"share_of_bandwidth": {"ours": {0: 0.8, 1024: 0.5}}}
-    assert peers.targets("int4", medians, "ours", result) == [
-        (0, "decode >= 1.0 x llama.cpp: 2.00, met"),
-        (0, "75% of the bandwidth: 80%, met"),
-        (1024, "decode >= 1.0 x llama.cpp: 0.80, missed"),
-        (1024, "75% of the bandwidth: 50%, missed"),
-    ]
-    assert peers.targets("qat-mobile", medians, "ours", result) == [
-        (0, "decode >= 1.5 x LiteRT-LM's recorded 10.7: 1.87, met"),
-        (1024, "decode >= 1.5 x LiteRT-LM's recorded 10.7: 0.93, missed"),
-    ]
-    assert peers.targets("int8", medians, "ours", result) == []
+
+
+def test_a_process_is_measured_and_its_failure_shown(bench) -> None:
+    measured_process = bench("common").measured_process
+    out, peak_bytes = measured_process([sys.executable, "-c", "print('said')"])
+    assert out == "said\n" and 1e6 < peak_bytes < 1e9
+    with pytest.raises(SystemExit, match=r"status 3\nwhy not"):
+        measured_process([sys.executable, "-c", "import sys; sys.stderr.write('why not'); sys.exit(3)"])
+
+
+def test_the_text_model_alone_goes_to_litert(bench, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "model.safetensors").write_bytes(b"weights")
+    (checkpoint / "config.json").write_text('{"audio_config": {"a": 1}, "text_config": {"b": 2}}')
+    view = bench("peer_litert").text_only(checkpoint, tmp_path / "view")
+    assert (view / "model.safetensors").read_bytes() == b"weights"
+    assert json.loads((view / "config.json").read_text()) == {
+        "audio_config": None, "vision_config": None, "text_config": {"b": 2},
+    }  # fmt: skip
 
 
 def test_the_peers_model_has_as_many_weights_as_ours(bench) -> None:

@@ -168,12 +168,13 @@ def test_test_arm64_first_looks_for_what_it_needs(venv: Path) -> None:
     assert calls(venv)[-1] == "--check"  # no test was begun
 
 
-def test_bench_runs_each_script_of_bench_on_the_bundle(venv: Path) -> None:
+def test_bench_measures_the_bundle_and_what_is_named_beside_it(venv: Path) -> None:
     make(venv, "bench", "BUNDLE=b")
-    takes_a_bundle = 'add_argument("bundle"'
-    scripts = [path for path in sorted((ROOT / "bench").glob("*.py")) if takes_a_bundle in path.read_text()]
-    assert scripts
-    assert calls(venv) == [word for path in scripts for word in ("python", f"bench/{path.name}", "b")]
+    make(venv, "bench", "BUNDLE=b", "QAT=my $q", "PEERS=p p")
+    assert calls(venv) == [
+        *("python", "bench/targets.py", "b"),
+        *("python", "bench/targets.py", "b", "my $q", "--peers", "p p"),
+    ]
 
 
 def test_a_failing_step_fails_the_target(venv: Path) -> None:
