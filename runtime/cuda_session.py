@@ -79,7 +79,7 @@ class CudaSession:
         self.decoder = self._open(bundle.cuda_decoder, settings, captures=self._captures)
         self.caches = KvCaches(manifest.caches, settings.device, window=self._window)
         check_caches(bundle.cuda_decoder, self.decoder, self.caches)
-        self.embeddings = open_graph(bundle.embeddings, 1, "cpu")
+        self.embeddings = open_graph(bundle.embeddings, 1, "cpu", ahead=False)
         picks = self._captures and settings.capture_pick
         self._pickers = {
             name: self._open(bundle.path / name, settings, captures=picks and name == GREEDY)

@@ -9,6 +9,8 @@ step rebinds one input only: the attention mask, a longer view of one array of o
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,11 @@ from .cache import KvCaches
 from .denormals import denormals_as_zero
 from .errors import BundleError
 from .machine import usable_cpus
+from .mapped_pages import MappedPages, mapped_meanwhile
 from .pieces import pieces
 from .prompt import Heard
+from .read_ahead import read_ahead
 from .sampler import Picks
-from .table_pages import mapped_meanwhile
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -49,14 +52,16 @@ class Session:
         self._provider, self._heads = provider, geometry.num_attention_heads
         # More threads than CPUs wait for each other in turns: a decode step takes ten times as long.
         self.threads = threads or min(manifest.runtime.threads, usable_cpus())
-        self.decoder = open_graph(bundle.decoder, self.threads, provider)
+        with mapped_meanwhile(_data(bundle.decoder)) as self._decoder_pages:
+            self.decoder, self.prompts, self._prompt_pages = _open_layers(bundle, self.threads)
         # After open_graph, which says what is missing for CUDA.
         self.caches = KvCaches(manifest.caches, provider, window=geometry.sliding_window)
-        self.prompts = _open_prefill(bundle, self.threads, self.caches)
         # A gather of a few rows gains nothing from a second pool of threads.
-        with mapped_meanwhile(bundle.embeddings.with_suffix(".onnx.data")) as self._tables:
-            self.embeddings = open_graph(bundle.embeddings, 1, "cpu")
+        with mapped_meanwhile(_data(bundle.embeddings)) as self._tables:
+            self.embeddings = open_graph(bundle.embeddings, 1, "cpu", ahead=False)
         check_caches(bundle.decoder, self.decoder, self.caches)
+        if self.prompts is not None:
+            check_caches(bundle.prefill, self.prompts, self.caches)
         _check_keep(bundle.decoder, self.decoder)
 
         context, chunk, kept = manifest.caches.context, self.chunk, 1 + longest_draft
@@ -120,7 +125,7 @@ class Session:
         self._tables.looked_up(rows)
         if heard is not None:
             self._embedded["inputs_embeds"][0, heard.at] = heard.rows
-        done = self._fill_caches(rows - 1 if last else rows, position)
+        done = self._fill_caches(rows - 1 if last else rows, position, last=last)
         for start, count in self._pieces(rows - done, position + done):
             first, end = done + start, done + start + count
             ends = last and end == rows
@@ -129,16 +134,20 @@ class Session:
             # The last piece gives the arena's memory for wide activations back: decoding needs little.
             self.decoder.run_with_iobinding(decode, self._shrink if ends and rows > 1 else None)
 
-    def _fill_caches(self, rows: int, position: int) -> int:
+    def _fill_caches(self, rows: int, position: int, *, last: bool) -> int:
         """Run `rows` rows on the prefill graph, if there is one and it is worth it; how many were run."""
         if self.prompts is None or rows < LEAST_PROMPT_ROWS:
             return 0
+        if rows == self._chunk_rows:  # of a long prompt: its weights take the place of the decoder's
+            self._decoder_pages.give_back(self._prompt_pages.size_bytes)
         for first, count in pieces(rows, position, self._heads):
             whole = first == 0 and count == self._chunk_rows
             binding = self._prompt_chunk if whole else self._bind_prompt(count, first)
             self._bind_mask(binding, position + first + count)
             ends = first + count == rows < self._chunk_rows
             self.prompts.run_with_iobinding(binding, self._shrink if ends else None)
+        if last:
+            self._prompt_pages.give_back()
         return rows
 
     @denormals_as_zero()
@@ -243,10 +252,12 @@ def open_graph(
     *,
     provider_options: Mapping[str, str] | None = None,
     config: Mapping[str, str] | None = None,
+    ahead: bool = True,
 ) -> ort.InferenceSession:
     """An ONNX Runtime session with this project's options. Raises BundleError.
 
-    provider_options: of CUDA. config: entries of the session's configuration.
+    provider_options: of CUDA. config: entries of the session's configuration. ahead: whether its weights are
+    read from the disk ahead of loading them; False for tables, of which few rows are ever read.
     """
     options = session_options(threads)
     for key, value in (config or {}).items():
@@ -260,7 +271,8 @@ def open_graph(
     on_gpu = [(name, dict(provider_options or {})), _PROVIDERS["cpu"]]
     providers = [name] if provider == "cpu" else on_gpu
     try:
-        with denormals_as_zero():  # the first session of a process would leave this thread so
+        # The first session of a process would leave this thread with denormals as zero.
+        with denormals_as_zero(), read_ahead(path) if ahead else nullcontext():
             session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as cause:  # onnxruntime raises many classes, all derived from Exception alone
         raise BundleError(f"{path}: onnxruntime cannot load it ({cause}); export the bundle again") from cause
@@ -272,13 +284,29 @@ def open_graph(
     return session
 
 
-def _open_prefill(bundle: Bundle, threads: int, caches: KvCaches) -> ort.InferenceSession | None:
-    """The session that fills the caches from a prompt; None if prompts run on the decoder graph."""
+def _open_layers(
+    bundle: Bundle, threads: int
+) -> tuple[ort.InferenceSession, ort.InferenceSession | None, MappedPages]:
+    """The decoder; what fills the caches from a prompt, if that is not the decoder, and its pages."""
+    provider = bundle.manifest.runtime.execution_provider
     if bundle.manifest.prefill is None:
-        return None
-    session = open_graph(bundle.prefill, threads, "cpu")
-    check_caches(bundle.prefill, session, caches)
-    return session
+        return open_graph(bundle.decoder, threads, provider), None, MappedPages()
+    with ThreadPoolExecutor(1) as pool:  # ONNX Runtime packs a graph's weights on one CPU
+        prompts = pool.submit(_open_prompts, bundle, threads)
+        return open_graph(bundle.decoder, threads, provider), *prompts.result()
+
+
+def _open_prompts(bundle: Bundle, threads: int) -> tuple[ort.InferenceSession, MappedPages]:
+    """Its pages are given back until the first prompt, while the decoder is being loaded."""
+    with mapped_meanwhile(_data(bundle.prefill)) as pages:
+        session = open_graph(bundle.prefill, threads, "cpu")
+    pages.give_back()
+    return session, pages
+
+
+def _data(graph: Path) -> Path:
+    """Where its weights are."""
+    return graph.with_name(f"{graph.name}.data")
 
 
 def check_caches(path: Path, decoder: ort.InferenceSession, caches: KvCaches) -> None:
