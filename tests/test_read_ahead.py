@@ -1,4 +1,4 @@
-"""Weights are asked for in the order of the file while a graph loads: all, not too far ahead, then no more."""
+"""Weights are asked for in the order of the file while a graph loads: all, and not too far ahead."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from gemma_edge.runtime import read_ahead
 from gemma_edge.runtime.errors import BundleError
 from gemma_edge.runtime.read_ahead import PIECE_BYTES
 from gemma_edge.runtime.session import Session, open_graph
-
-pytestmark = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system has no posix_fadvise")
 
 Asked = list[tuple[int, int]]  # offset, bytes
 
