@@ -106,16 +106,16 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
         program, model, threads=args.threads, prompts=PROMPTS, new=NEW, depths=DEPTHS
     )
     for mix, name in peer_litert.MIXES.items():
-        model = args.work / f"{mix}.litertlm"
-        if not model.is_file():
+        file = args.work / f"{mix}.litertlm"
+        if not file.is_file():
             print(
-                f"{name} is left out: no {model}. python bench/peer_litert.py CHECKPOINT "
+                f"{name} is left out: no {file}. python bench/peer_litert.py CHECKPOINT "
                 f"--work {args.work} makes it, of a checkpoint of this shape"
             )
             continue
         python = peer_litert.install(args.work, peer_litert.RUNTIME, "litert_lm")
-        runners[name] = lambda python=python, model=model: peer_litert.run(
-            python, model, threads=args.threads, prompts=PROMPTS, depths=DEPTHS, new=NEW
+        runners[name] = lambda python=python, file=file: peer_litert.run(
+            python, file, threads=args.threads, prompts=PROMPTS, depths=DEPTHS, new=NEW
         )
     return runners
 

@@ -319,6 +319,7 @@ def run(command: list[str]) -> Line:
         status = child.wait()
         timer.cancel()
     if status:
+        print(last, flush=True)
         raise RuntimeError(f"{command[0]} ended with status {status}")
     try:
         line = json.loads(last)

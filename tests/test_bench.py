@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import sys
@@ -60,6 +61,26 @@ def test_ratios_are_ours_to_each_peers(bench) -> None:
     assert peers.ratios({"b": ours, peers.LLAMA: llama}, "b", {"b": Path("b")}) == {
         peers.LLAMA: {"decode": {0: 2.0, 1024: 0.8}, "prefill": {128: 2.0, 1024: 3.0}, "peak_bytes": 0.75}
     }
+
+
+def test_each_program_runs_its_own_model(bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peers = bench("peers")
+    ran: list[str] = []
+    for module, names in (
+        (peers.peer_llama, ("build", "fetch", "write_model")),
+        (peers.peer_litert, ["install"]),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, lambda *_, **__: Path("program"))
+        monkeypatch.setattr(module, "run", lambda program, model, **_: ran.append(model.name))
+    (tmp_path / "mix.litertlm").touch()
+    (tmp_path / "int4.litertlm").touch()
+    args = argparse.Namespace(work=tmp_path, model="e2b", bundles=[], no_amx=False, threads=2)
+    runners = peers.prepare(args)
+    for runner in runners.values():
+        runner()
+    assert [*runners] == ["llama.cpp", "LiteRT-LM 2/4-bit", "LiteRT-LM int4"]
+    assert ran == ["e2b-q4_0.gguf", "mix.litertlm", "int4.litertlm"]
 
 
 def test_a_process_is_measured_and_its_failure_shown(bench) -> None:
