@@ -221,8 +221,11 @@ def main() -> int:
     about = machine()
     print_machine(about)
     with tempfile.TemporaryDirectory() as folder:
-        words = words_of(args.bundles, args.peers, Path(folder))
-        lines, reasons = run_all(args.only or [*RUNS], words, args.results)
+        words = words_of(args.bundles, args.peers)
+        kept, names = kept_lines(args.results), args.only or [*RUNS]
+        if "nano" not in words and any("{nano}" in RUNS[name] for name in names if name not in kept):
+            words["nano"] = [str(export_nano(Path(folder)))]
+        lines, reasons = run_all(names, words, kept, args.results)
     rows = [judge(goal, lines, reasons, words) for goal in GOALS]
     print()
     print("\n".join(table(rows)))
@@ -231,7 +234,7 @@ def main() -> int:
     return 1 if failed or any(row["verdict"] == "failed" for row in rows) else 0
 
 
-def words_of(bundles: list[Path], peers: Path | None, folder: Path) -> dict[str, list[str]]:
+def words_of(bundles: list[Path], peers: Path | None) -> dict[str, list[str]]:
     """What the words in braces stand for; those that are missing have nothing to stand for."""
     full_sizes = [model_of(name).geometry for name in MODELS]
     small = model_of(str(NANO / "config.json")).geometry
@@ -243,34 +246,31 @@ def words_of(bundles: list[Path], peers: Path | None, folder: Path) -> dict[str,
             words.setdefault(manifest.recipe, [str(path)])
         elif manifest.geometry == small:
             words.setdefault("nano", [str(path)])
-    if "nano" not in words:
-        print("exporting the nano model, for what is measured on it", flush=True)
-        command = ["export", "--model", str(NANO), "--device", "x86-64-generic", "--recipe", "int4"]
-        out = folder / "nano"
-        subprocess.run(
-            [sys.executable, "-m", "gemma_edge.cli", *command, "--out", str(out)],
-            check=True,
-            capture_output=True,
-        )
-        words["nano"] = [str(out)]
     if peers is not None:
         words["peers"] = [str(peers)]
     return words
 
 
+def export_nano(folder: Path) -> Path:
+    print("exporting the nano model, for what is measured on it", flush=True)
+    command = [sys.executable, "-m", "gemma_edge.cli", "export", "--model", str(NANO)]
+    command += ["--device", "x86-64-generic", "--recipe", "int4", "--out", str(folder / "nano")]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder / "nano"
+
+
 def run_all(
-    names: list[str], words: dict[str, list[str]], results: Path | None
+    names: list[str], words: dict[str, list[str]], kept: dict[str, Line], results: Path | None
 ) -> tuple[dict[str, Line], dict[str, str]]:
     """By name: the scripts' last lines, or why there is none."""
     lines, reasons = {}, dict.fromkeys(RUNS, "not asked for")
-    kept = kept_lines(results)
     for name in names:
         missing = [word for part in RUNS[name] for word in braces(part) if not words.get(word)]
-        if missing:
-            reasons[name] = f"needs {WANTED[missing[0]]}"
-            continue
         if name in kept:
             lines[name] = kept[name]
+        elif missing:
+            reasons[name] = f"needs {WANTED[missing[0]]}"
+            continue
         else:
             command = [word for part in RUNS[name] for word in (filled(part, words))]
             print(f"\n== {name}: bench/{' '.join(command)}", flush=True)

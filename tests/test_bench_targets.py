@@ -59,7 +59,7 @@ def targets(monkeypatch: pytest.MonkeyPatch):
     """The module; whatever bundles are named, they are FULL's."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     module = importlib.import_module("targets")
-    monkeypatch.setattr(module, "words_of", lambda bundles, peers, folder: FULL)
+    monkeypatch.setattr(module, "words_of", lambda bundles, peers: FULL)
     yield module
     for name in ("targets", "common"):
         sys.modules.pop(name, None)
