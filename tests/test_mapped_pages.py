@@ -1,18 +1,20 @@
-"""Pages of the embedding tables: which mappings are meant, that they go and come back, answers as before."""
+"""Mapped pages that are given back: which mappings are meant, that they come back, answers as before."""
 
 from __future__ import annotations
 
 import mmap
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from gemma_edge.runtime import table_pages
+from gemma_edge.runtime import mapped_pages
+from gemma_edge.runtime.mapped_pages import ROWS, MappedPages, mapped_meanwhile
+from gemma_edge.runtime.prepared import make
 from gemma_edge.runtime.session import Session
-from gemma_edge.runtime.table_pages import ROWS, TablePages, mapped_meanwhile
 
 
 def pages_of(path: Path, field: str) -> int:
@@ -58,7 +60,7 @@ def test_only_what_the_block_mapped(tmp_path: Path):
 
 
 def test_without_proc_nothing_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(table_pages, "MAPS", tmp_path / "maps")
+    monkeypatch.setattr(mapped_pages, "MAPS", tmp_path / "maps")
     with mapped_meanwhile(tmp_path / "table") as pages:
         pass
     pages.looked_up(ROWS)
@@ -66,7 +68,7 @@ def test_without_proc_nothing_happens(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_what_the_system_refuses_is_not_tried_again(tmp_path: Path):
-    pages = TablePages()
+    pages = MappedPages()
     pages.ranges = ((4096 + 1, 4096),)  # not at a page's beginning
     pages.looked_up(ROWS)
     assert pages.ranges == ()
@@ -74,7 +76,7 @@ def test_what_the_system_refuses_is_not_tried_again(tmp_path: Path):
 
 def test_a_session_gives_its_tables_back(tiny_bundle: Any, monkeypatch: pytest.MonkeyPatch):
     """Prompts and steps, both; and the tables are only read, as giving back needs it."""
-    monkeypatch.setattr(table_pages, "ROWS", 8)
+    monkeypatch.setattr(mapped_pages, "ROWS", 8)
     bundle = tiny_bundle(recipe="int4").bundle
     table = bundle.embeddings.with_suffix(".onnx.data")
     kept, session = Session(bundle), Session(bundle)
@@ -92,3 +94,38 @@ def test_a_session_gives_its_tables_back(tiny_bundle: Any, monkeypatch: pytest.M
         assert np.array_equal(kept.logits, session.logits)
     assert pages_of(table, "Rss") <= held  # the eighth step gave back
     assert pages_of(table, "Anonymous") == 0
+
+
+def test_prompts_and_answers_take_turns(tiny_bundle: Any, tmp_path: Path):
+    """With packed weights from a file: those of a prompt are back when it ends, and nothing is different."""
+    plain = tiny_bundle(recipe="int4", prefill="int8").bundle
+    make(plain, tmp_path / "prepared")
+    bundle = replace(plain, prepared=tmp_path / "prepared")
+    prompts, decoder = (Path(f"{graph}.data") for graph in (bundle.prefill, bundle.decoder))
+    session, own = Session(bundle), Session(plain)
+    assert pages_of(prompts, "Rss") == 0 < pages_of(decoder, "Rss")
+    assert session._prompt_pages.size_bytes > 0
+    ids = np.random.default_rng(2).integers(23, 500, 40)
+    for start in range(0, 32, 16):
+        for one in (session, own):
+            one.prefill(ids[start : start + 16], start, last=start == 16)
+        assert (pages_of(prompts, "Rss") > 0) == (start == 0)
+    assert np.array_equal(session.logits, own.logits)
+    for position in range(32, 40):
+        for one in (session, own):
+            one.step(int(ids[position]), position)
+        assert np.array_equal(session.logits, own.logits)
+    assert pages_of(prompts, "Anonymous") == pages_of(decoder, "Anonymous") == 0
+
+
+def test_as_many_as_are_wanted(tmp_path: Path):
+    paths = [tmp_path / name for name in ("first", "second", "third")]
+    pages, views = MappedPages(), list[mmap.mmap]()
+    for path in paths:
+        path.write_bytes(bytes(1 << 16))
+        with mapped_meanwhile(path) as one:
+            views.append(mapped(path))
+        pages.ranges += one.ranges
+    assert sum(len(view[:]) for view in views) == pages.size_bytes == 3 << 16
+    pages.give_back((1 << 16) + 1)
+    assert [pages_of(path, "Rss") for path in paths] == [0, 0, 64]
