@@ -2,9 +2,11 @@
 
     gemma-edge export --model MODEL --device NAME --prefill-weights int8 --context 16896 --out BUNDLE
     python bench/prefill.py BUNDLE [--tokens 128 1024 4096 16384] [--chunks 256] [--repeats 5] [--only graph]
+                            [--prepared DIR]
 
-A prompt's time ends when the logits after its last token are there. Figures are medians; processor time per
-token is printed beside, because a busy machine changes it less.
+Lengths are run in turns too. A prompt's time ends when the logits after its last token are there. Figures are
+medians; processor time per token is printed beside, because a busy machine changes it less. As on a lesser
+processor: bench/cpuid_mask.c.
 """
 
 from __future__ import annotations
@@ -24,6 +26,19 @@ from gemma_edge.runtime.session import Session
 from gemma_edge.runtime.stats import memory_use
 
 PATHS = ("graph", "decoder")
+WARMS_UP = 1024  # tokens; longer prompts come after these
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """Prompts of one length on one graph."""
+
+    path: str
+    chunk: int
+    tokens: int
+    session: Session
+    seconds: list[float]
+    used: list[float]  # of all processors
 
 
 def main() -> None:
@@ -36,11 +51,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--only", choices=PATHS, help="one of the two: for its memory")
+    parser.add_argument("--decoder-tokens", type=int, metavar="N", help="longest prompt of the decoder graph")
+    parser.add_argument("--prepared", type=Path, metavar="DIR", help="packed weights (`gemma-edge prepare`)")
     args = parser.parse_args()
 
     about = machine()
     print_machine(about)
-    bundle = open_bundle(args.bundle)
+    bundle = dataclasses.replace(open_bundle(args.bundle), prepared=args.prepared)
     chunks = args.chunks or [bundle.manifest.runtime.prefill_chunk]
     paths = [args.only] if args.only else list(PATHS)
     if bundle.manifest.prefill is None:
@@ -54,12 +71,20 @@ def main() -> None:
     threads = next(iter(sessions.values())).threads
     print(f"{bundle.name}: recipe {bundle.manifest.recipe}, {threads} threads; loaded: {memory_use()}")
     longest = bundle.manifest.caches.context
-    rows = []
-    for tokens in args.tokens:
-        if tokens > longest:
-            print(f"{tokens} tokens: left out, the context holds {longest}")
-            continue
-        rows += compare(sessions, tokens, args.repeats, bundle.manifest.geometry.vocab_size)
+    lengths = [tokens for tokens in args.tokens if tokens <= longest]
+    if lengths != args.tokens:
+        print(f"left out: {sorted(set(args.tokens) - set(lengths))} tokens, the context holds {longest}")
+    runs = [
+        Runs(path, chunk, tokens, session, [], [])
+        for tokens in lengths
+        for (path, chunk), session in sessions.items()
+        if path == "graph" or tokens <= (args.decoder_tokens or tokens)
+    ]
+    for repeat in range(args.repeats + 1):
+        for run in runs:
+            if repeat or run.tokens <= WARMS_UP:
+                measure(run, repeat, bundle.manifest.geometry.vocab_size)
+    rows = [row(run) for run in runs]
     memory = memory_use()
     print(f"after: {memory}")
     print_json(
@@ -87,41 +112,39 @@ def variant(bundle: Bundle, path: str, chunk: int) -> Bundle:
     )
 
 
-def compare(
-    sessions: dict[tuple[str, int], Session], tokens: int, repeats: int, vocab_size: int
-) -> list[dict[str, Any]]:
-    random = np.random.default_rng(tokens)
-    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in sessions}
-    used: dict[tuple[str, int], list[float]] = {key: [] for key in sessions}
-    for repeat in range(repeats + (tokens <= 1024)):  # short ones warm up first
-        for key, session in sessions.items():
-            ids = random.integers(3, vocab_size, tokens)
-            start, processor = time.perf_counter(), time.process_time()
-            for first in range(0, tokens, session.chunk):
-                part = ids[first : first + session.chunk]
-                session.prefill(part, first, last=first + len(part) == tokens)
-            if repeat or tokens > 1024:
-                seconds[key].append(time.perf_counter() - start)
-                used[key].append(time.process_time() - processor)
-            if not np.isfinite(session.logits).all():
-                raise SystemExit(f"{key}: logits that are not finite")
-    rows = []
-    for (path, chunk), times in seconds.items():
-        row = {
-            "path": path,
-            "chunk": chunk,
-            "tokens": tokens,
-            "tok_s": round(tokens / median(times), 1),
-            "best_tok_s": round(tokens / min(times), 1),
-            "ttft_s": round(median(times), 3),
-            "cpu_ms_per_token": round(1e3 * median(used[path, chunk]) / tokens, 3),
-        }
-        rows.append(row)
-        print(
-            f"{tokens} tokens, {path}, chunks of {chunk}: {row['tok_s']} tok/s (best {row['best_tok_s']}), "
-            f"first token {row['ttft_s']} s, {row['cpu_ms_per_token']} ms of processor time a token"
-        )
-    return rows
+def measure(run: Runs, repeat: int, vocab_size: int) -> None:
+    """One prompt; that of round 0 warms up."""
+    session, tokens = run.session, run.tokens
+    ids = np.random.default_rng(tokens + repeat).integers(3, vocab_size, tokens)
+    start, processor = time.perf_counter(), time.process_time()
+    for first in range(0, tokens, session.chunk):
+        part = ids[first : first + session.chunk]
+        session.prefill(part, first, last=first + len(part) == tokens)
+    if repeat:
+        run.seconds.append(time.perf_counter() - start)
+        run.used.append(time.process_time() - processor)
+    if not np.isfinite(session.logits).all():
+        raise SystemExit(f"{run.path}, {tokens} tokens: logits that are not finite")
+
+
+def row(run: Runs) -> dict[str, Any]:
+    """Medians, printed and returned."""
+    tokens, seconds = run.tokens, median(run.seconds)
+    figures = {
+        "path": run.path,
+        "chunk": run.chunk,
+        "tokens": tokens,
+        "tok_s": round(tokens / seconds, 1),
+        "best_tok_s": round(tokens / min(run.seconds), 1),
+        "ttft_s": round(seconds, 3),
+        "cpu_ms_per_token": round(1e3 * median(run.used) / tokens, 3),
+    }
+    print(
+        f"{tokens} tokens, {run.path}, chunks of {run.chunk}: {figures['tok_s']} tok/s (best "
+        f"{figures['best_tok_s']}), first token {figures['ttft_s']} s, {figures['cpu_ms_per_token']} ms of "
+        "processor time a token"
+    )
+    return figures
 
 
 def peak_rss_bytes() -> int:
