@@ -107,8 +107,9 @@ voice: $(if $(BUNDLE),$(READY),$(NEEDS)) ## a voice assistant (SAY=TEXT, WAV=rec
 test: lint ## lint, types and the fast tests
 	@$(VENV_PYTHON) -m pytest -m "not slow and not arm64 and not cuda"
 
-test-slow: $(READY) ## the tests that take minutes or a full-size model
+test-slow: $(READY) ## the tests that take minutes or a full-size model, and test-arm64
 	@$(VENV_PYTHON) -m pytest -m slow
+	@$(MAKE) --no-print-directory test-arm64
 
 test-cuda: $(READY) ## checks on an NVIDIA GPU, with a report; without a GPU it fails and says so
 	@$(VENV_PYTHON) -m tests.cuda.report

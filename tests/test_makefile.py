@@ -156,8 +156,13 @@ def test_test_runs_lint_types_and_the_fast_tests(venv: Path) -> None:
         "python -m ruff check . python -m ruff format --check . python -m mypy "
         "python -m pytest -m not slow and not arm64 and not cuda"
     )
+
+
+def test_test_slow_runs_the_long_ones_and_the_emulated_boards(venv: Path) -> None:
     make(venv, "test-slow")
-    assert calls(venv)[-4:] == ["-m", "pytest", "-m", "slow"]
+    assert " ".join(calls(venv)) == (
+        "python -m pytest -m slow python -m tools.arm64 --check python -m pytest -m arm64"
+    )
 
 
 def test_test_arm64_first_looks_for_what_it_needs(venv: Path) -> None:
