@@ -215,9 +215,9 @@ def test_stopping_leaves_no_window_without_a_summary(broker: Mosquitto) -> None:
         )
         began_s = time.monotonic()
         app.stop.set()
-        ends = {arrived.get(timeout=10)["end"][11:16] for _ in range(2)}
+        ends = {arrived.get(timeout=60)["end"][11:16] for _ in range(2)}
     assert ends == {"06:00", "12:00"}
-    assert time.monotonic() - began_s < 10
+    assert time.monotonic() - began_s < 60  # patience is 600
 
 
 def test_no_reading_is_lost_while_the_model_thinks(

@@ -112,7 +112,7 @@ def test_the_drain_has_a_deadline(tmp_path: Path, streaming: bool) -> None:
         wait_until(lambda: request(path, "GET", "/health")[2]["state"] == "generating")
         started = time.monotonic()
         os.kill(daemon.process.pid, signal.SIGINT)
-        assert daemon.wait_exit() == 0 and 0.4 < time.monotonic() - started < 5
+        assert daemon.wait_exit() == 0 and 0.4 < time.monotonic() - started < 25  # of 30
         running.join()
         assert answers[0]["error"]["code"] == "shutting_down"
         assert "unfinished requests were cancelled" in daemon.log()

@@ -194,11 +194,9 @@ def held() -> Iterator[Held]:
 def test_a_full_queue_says_busy_at_once(held):
     first = held.running()
     waiting = [held.submit(), held.submit()]
-    start = time.perf_counter()
-    with pytest.raises(RequestError) as error:
+    with pytest.raises(RequestError) as error:  # `first` does not end before `open`
         held.submit()
     assert error.value.code == "busy"
-    assert time.perf_counter() - start < 0.5
     assert held.service.health()["queue_length"] == 2
     held.open()
     assert all(isinstance(list(job.events())[-1], Done) for job in (first, *waiting))

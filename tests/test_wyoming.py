@@ -542,8 +542,8 @@ class TestStopping:
                     assert text_of(await until(peer, "transcript-stop")) == expected
                     await asyncio.to_thread(draining.join)
                     started = time.monotonic()
-                    await asyncio.to_thread(server.server.close, 5.0)
-                    assert time.monotonic() - started < 2
+                    await asyncio.to_thread(server.server.close, 60.0)
+                    assert time.monotonic() - started < 30
                     assert await idle.read_event() is None and await peer.read_event() is None
 
             run(speak())

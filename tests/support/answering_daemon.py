@@ -95,7 +95,7 @@ def answering_daemon(
         transport.close(5)
 
 
-def wait_until(holds, timeout_s: float = 20.0) -> None:  # type: ignore[no-untyped-def]
+def wait_until(holds, timeout_s: float = 60.0) -> None:  # type: ignore[no-untyped-def]
     """Return once `holds()` is true; fail after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not holds():

@@ -114,7 +114,7 @@ def user(content: str) -> list[dict[str, str]]:
 
 
 def wait_until(
-    holds: Callable[[], object], timeout_s: float = 10.0, context: Callable[[], str] = str
+    holds: Callable[[], object], timeout_s: float = 60.0, context: Callable[[], str] = str
 ) -> None:
     deadline = time.monotonic() + timeout_s
     while not holds():
