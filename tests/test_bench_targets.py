@@ -28,6 +28,7 @@ LINES: dict[str, dict[str, Any]] = {
     },
     "peers.py": {
         "recipes": {"a": "int4", "b": "qat-mobile"},
+        "share_of_bandwidth": {"b": {"0": 0.6, "1024": 0.5}},
         "against": {
             "a": {"llama.cpp": RATIOS, "LiteRT-LM int4": RATIOS},
             "b": {"llama.cpp": RATIOS, "LiteRT-LM 2/4-bit": RATIOS},
