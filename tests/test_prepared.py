@@ -79,6 +79,23 @@ def test_8_bit_caches(tiny_bundle, tmp_path: Path):
     np.testing.assert_array_equal(logits(packed), logits(bundle))
 
 
+def test_both_graphs_of_a_bundle_with_a_prefill_graph(
+    tiny_bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """They load at the same time: the same numbers, and damage of what loads beside the decoder is found."""
+    bundle = tiny_bundle(context=192, chunk=16, prefill="int8").bundle
+    folder = tmp_path / "packed"
+    make(bundle, folder)
+    given = arguments("--prepared", str(folder))
+    session = start.load_prepared(bundle, given, lambda ready: Session(ready, longest_draft=2))
+    assert session.prompts is not None and not caplog.text
+    expected = logits(bundle)
+    np.testing.assert_array_equal(logits(dataclasses.replace(bundle, prepared=folder)), expected)
+    damage(folder / "prefill.onnx")
+    loaded = start.load_prepared(bundle, given, lambda ready: (ready, Session(ready))[0])
+    assert loaded.prepared is None and "prefill.onnx: onnxruntime cannot load it" in caplog.text
+
+
 def test_the_audio_encoder_is_packed_too(tiny_bundle, tmp_path: Path):
     bundle = tiny_bundle(model=EARS).bundle
     make(bundle, tmp_path / "packed")
@@ -215,11 +232,7 @@ def test_damage_is_found_and_the_bundle_s_own_weights_are_loaded(
 ):
     folder = own.path / "prepared"
     make(own, folder)
-    packed = re.findall(rb"MatMulNBits\+\d+\|(\d+);(\d+)", (folder / "decoder.onnx").read_bytes())
-    offset, length = map(int, packed[len(packed) // 2])
-    with (folder / "decoder.onnx.data").open("r+b") as file:
-        file.seek(offset + length // 2)
-        file.write(b"damage")
+    damage(folder / "decoder.onnx")
     assert misfit(own, folder) is None  # nobody reads gigabytes at every start to find out
     assert "decoder.onnx.data: damaged" in str(misfit(own, folder, verify_hashes=True))
     with caplog.at_level(logging.WARNING, LOGGER):
@@ -227,6 +240,15 @@ def test_damage_is_found_and_the_bundle_s_own_weights_are_loaded(
     assert "not usable" in caplog.text and "--force" in caplog.text
     session.prefill(np.asarray([2, 5, 6]), 0, last=True)
     assert np.isfinite(session.logits).all()
+
+
+def damage(graph: Path) -> None:
+    """In the middle of one of its packed weights."""
+    packed = re.findall(rb"MatMul\w+\+\d+\|(\d+);(\d+)", graph.read_bytes())
+    offset, length = map(int, packed[len(packed) // 2])
+    with graph.with_name(f"{graph.name}.data").open("r+b") as file:
+        file.seek(offset + length // 2)
+        file.write(b"damage")
 
 
 def test_the_command(own: Bundle, capsys: pytest.CaptureFixture[str]):
