@@ -27,6 +27,7 @@ from common import machine, print_json, print_machine
 
 from gemma_edge.export.sizes import MODELS, model_of
 from gemma_edge.runtime.bundle import open_bundle
+from gemma_edge.runtime.errors import BundleError
 
 ROOT = Path(__file__).resolve().parents[1]
 NANO = ROOT / "models" / "nano"
@@ -249,7 +250,10 @@ def words_of(bundles: list[Path], peers: Path | None) -> dict[str, list[str]]:
     small = model_of(str(NANO / "config.json")).geometry
     words: dict[str, list[str]] = {"any": [str(bundles[0])], "full": []}
     for path in bundles:
-        manifest = open_bundle(path).manifest
+        try:
+            manifest = open_bundle(path).manifest
+        except BundleError as error:
+            raise SystemExit(str(error)) from None
         if manifest.geometry in full_sizes:
             words["full"].append(str(path))
             words.setdefault(manifest.recipe, [str(path)])
