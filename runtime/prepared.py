@@ -4,7 +4,7 @@ When ONNX Runtime loads a graph it repacks the weights of every matrix product f
 the system cannot take back. A prepared folder holds the same graphs with packed weights beside them, which
 are mapped instead:
 
-    BUNDLE/prepared/  prepared.json · decoder.onnx(.data) · audio_encoder_stream.onnx(.data)
+    BUNDLE/prepared/  prepared.json · decoder.onnx(.data) · prefill… · audio_encoder_stream…
 
 It is of use to one bundle, one onnxruntime and one kind of CPU, which `prepared.json` names. ONNX Runtime
 packs again when it loads, compares, and refuses what differs; so the folder saves memory more than time, and
