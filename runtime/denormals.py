@@ -19,8 +19,17 @@ _MXCSR = 7
 # flush results to zero, take inputs for zero (Intel SDM, volume 1, 10.2.3)
 _FTZ_DAZ = 1 << 15 | 1 << 6
 
-AVAILABLE = sys.platform == "linux" and platform.machine() == "x86_64"
-_libc = ctypes.PyDLL(None) if AVAILABLE else None  # PyDLL keeps the GIL: these calls take nanoseconds
+
+def _open_libc() -> ctypes.PyDLL | None:
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return None
+    libc = ctypes.PyDLL(None)  # PyDLL keeps the GIL: these calls take nanoseconds
+    # a Python that was linked statically may not have them
+    return libc if hasattr(libc, "fegetenv") and hasattr(libc, "fesetenv") else None
+
+
+_libc = _open_libc()
+AVAILABLE = _libc is not None
 
 
 @contextmanager
