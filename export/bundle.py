@@ -43,6 +43,7 @@ from .audio_geometry import AudioModel, parse_audio_model
 from .audio_settings import describe_audio
 from .cache_calibration import calibrate
 from .checkpoint import Checkpoint, open_checkpoint
+from .decode_step import write_decode_step
 from .drafter import PreparedDrafter, prepare_drafter, write_drafter
 from .fused import fused_layers
 from .genai_audio import write_audio_variant
@@ -201,6 +202,10 @@ def _write_graphs(
                 traced, stored, checkpoint, decoder_data, head=plan.head, recipe=prepared.job.recipe
             )
             ir.save(graph, folder / name)
+            if name == CUDA_DECODER:
+                reason = write_decode_step(folder, model, graph, checkpoint, plan.head)
+                if reason is not None:
+                    log.warning("decode steps will run on ONNX Runtime's kernels, not on our own: %s", reason)
         channels = _write_prefill_graph(prepared, folder, decoder_data, progress) if plan.prefill else {}
     if prepared.ears is not None:
         stored |= _write_audio_graphs(prepared, prepared.ears[0], folder, progress)

@@ -1,4 +1,4 @@
-"""A folder that is written aside: it takes its name when it is whole and synced, and vanishes otherwise.
+"""Folders and files that are written aside: one takes its name when it is whole and synced, and vanishes otherwise.
 
 Also SIGTERM as Ctrl-C, so that whoever writes one gets to remove what is unfinished.
 """
@@ -59,6 +59,18 @@ def written_aside(
             raise
     finally:
         os.close(lock)
+
+
+def write_file_aside(path: Path, data: bytes) -> None:
+    """Write a file that is either whole or not there. Raises OSError."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(data)
+        _sync(partial)
+        partial.rename(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager

@@ -25,6 +25,8 @@ DRAFTER = "drafter.onnx"
 CUDA_DECODER = "decoder_cuda.onnx"
 GREEDY = "greedy.onnx"
 TOP = "top.onnx"
+DECODE_STEP = "decode_step.json"  # what our own kernels need to know of decoder_cuda.onnx
+DECODE_STEP_VECTORS = "decode_step.npz"
 
 LayerType = Literal["sliding_attention", "full_attention"]
 KvDtype = Literal["float32", "float16", "int8"]

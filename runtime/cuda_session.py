@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,14 +24,19 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from .bundle import GREEDY, TOP, Bundle
+from .bundle import CUDA_DECODER, GREEDY, TOP, Bundle
 from .cache import KvCaches
 from .errors import BundleError
+from .gpu.device import Gpu, Unavailable
+from .gpu.plan import StepFiles, read_step
+from .gpu.step import DecodeStep, Device
 from .machine import usable_cpus
 from .pieces import pieces
 from .prompt import Heard
 from .sampler import Picks
 from .session import check_caches, open_graph
+
+log = logging.getLogger(__name__)
 
 FIRST_BOUND, BOUND_STEP = 1024, 2  # tokens; each bound is so many times the one before
 INPUT_ALIGNMENT_BYTES = 256
@@ -50,11 +56,13 @@ PROVIDER_OPTIONS = {
 class CudaSettings:
     """How to run; benchmarks and tests try others than the defaults."""
 
+    own_kernels: bool = True  # a decode step by `gpu`, if the bundle describes it; else by ONNX Runtime
     capture: bool = True
     capture_pick: bool = True  # the search for the best id is captured too
     provider_options: Mapping[str, str] = field(default_factory=dict)  # of the decoder's CUDA provider
     config: Mapping[str, str] = field(default_factory=dict)  # of the decoder's session
     device: str = DEVICE  # "cpu": the same graph and bindings without a GPU, for tests
+    kernels_on: Device | None = None  # where our own kernels run; None: on the GPU, if `device` is one
 
 
 class CudaSession:
@@ -75,8 +83,14 @@ class CudaSession:
         self.threads = threads or min(manifest.runtime.threads, usable_cpus())
         self.chunk = min(manifest.runtime.prefill_chunk, manifest.caches.context)
         self._device, self._window = settings.device, manifest.geometry.sliding_window
+        if settings.device == DEVICE:
+            load_libraries()
+        kernels = _kernels(bundle, settings)
         self._captures = settings.capture and settings.device == DEVICE
-        self.decoder = self._open(bundle.cuda_decoder, settings, captures=self._captures)
+        # Weights that both kinds of kernels read are in the GPU's memory once.
+        self._weights = {} if kernels is None else _load_weights(kernels[0], settings.device)
+        steps_captured = self._captures and kernels is None
+        self.decoder = self._open(bundle.cuda_decoder, settings, captures=steps_captured)
         self.caches = KvCaches(manifest.caches, settings.device, window=self._window)
         check_caches(bundle.cuda_decoder, self.decoder, self.caches)
         self.embeddings = open_graph(bundle.embeddings, 1, "cpu", ahead=False)
@@ -94,10 +108,12 @@ class CudaSession:
         self._last_position = self._zeros((1, 1), np.int64)
         self._logits = self._zeros((1, 1, self._vocab_size), np.float32)
         self._fetched: npt.NDArray[np.floating] | None = None  # logits on the host, once asked for
-        self._bounds = bounds_up_to(manifest.caches.context) if self._captures else ()
+        self._bounds = bounds_up_to(manifest.caches.context) if steps_captured else ()
         self._steps = {bound: _Step(self, bound, number) for number, bound in enumerate(self._bounds, 1)}
         self._exact = _Step(self, 1, None)
         self._best, self._top = self._bind_pickers()
+        self._own = None if kernels is None else self._own_step(*kernels)
+        self._own_token: int | None = None  # what our own kernels picked in the last run
         for step in self._steps.values():
             step.run()
         if picks:
@@ -123,6 +139,8 @@ class CudaSession:
 
     def best(self) -> int:
         """The id with the largest of the last logits, found on the GPU."""
+        if self._own_token is not None:
+            return self._own_token
         self._pickers[GREEDY].run_with_iobinding(self._best)
         return int(self._best.get_outputs()[0].numpy()[0])
 
@@ -168,6 +186,9 @@ class CudaSession:
         """Run one id at `position`; sets the logits after it."""
         if draft:
             raise ValueError(f"draft: expected no guesses on CUDA, got {len(draft)}")
+        if self._own is not None:
+            self._run_own(self._own, token, position)
+            return
         self._inputs.set(token, position)
         for bound in self._bounds:
             if position < bound:
@@ -175,8 +196,34 @@ class CudaSession:
                 return
         self._exact.run(position + 1)
 
-    def _run(self, binding: ort.IOBinding, options: ort.RunOptions | None) -> None:
+    def _run_own(self, own: DecodeStep, token: int, position: int) -> None:
         self._fetched = None
+        self._own_ids[0, 0], own.position[0] = token, position
+        self.embeddings.run_with_iobinding(self._own_lookup)
+        own.run()
+        self._own_token = own.token
+
+    def _own_step(self, files: StepFiles, device: Device) -> DecodeStep:
+        rows = {value.name: value.shape[2] for value in self.embeddings.get_outputs()}
+        own = DecodeStep(
+            files,
+            device,
+            initializers={name: value.data_ptr() for name, value in self._weights.items()},
+            caches={name: value.data_ptr() for name, value in self.caches.values.items()},
+            logits=self._logits.data_ptr(),
+            window=self._window,
+            context=self.caches.context,
+            rows=rows,
+        )
+        self._own_ids = np.zeros((1, 1), np.int64)
+        self._own_lookup = self.embeddings.io_binding()
+        self._own_lookup.bind_input("input_ids", "cpu", 0, np.int64, (1, 1), self._own_ids.ctypes.data)
+        for name, array in own.rows.items():
+            self._own_lookup.bind_output(name, "cpu", 0, np.float32, (1, 1, rows[name]), array.ctypes.data)
+        return own
+
+    def _run(self, binding: ort.IOBinding, options: ort.RunOptions | None) -> None:
+        self._fetched, self._own_token = None, None
         self.decoder.run_with_iobinding(binding, options or _uncaptured())
 
     def _lengths(self, total: int) -> dict[str, npt.NDArray[np.int32]]:
@@ -210,9 +257,9 @@ class CudaSession:
     def _open(self, path: Path, settings: CudaSettings, *, captures: bool) -> ort.InferenceSession:
         if not path.is_file():
             raise BundleError(f"{path}: not there; export the bundle again with this version")
+        shared = self._weights if path.name == CUDA_DECODER else {}
         if settings.device != DEVICE:
-            return open_graph(path, self.threads, "cpu", config=settings.config)
-        load_libraries()
+            return open_graph(path, self.threads, "cpu", config=settings.config, initializers=shared)
         options = PROVIDER_OPTIONS | dict(settings.provider_options)
         return open_graph(
             path,
@@ -220,6 +267,7 @@ class CudaSession:
             "cuda",
             provider_options=options | {"enable_cuda_graph": "1" if captures else "0"},
             config=settings.config,
+            initializers=shared,
         )
 
 
@@ -277,6 +325,33 @@ class _Step:
             for name, value in self._session._lengths(total).items():
                 self._lengths[name][...] = value
         self._session._run(self._binding, self._options)
+
+
+def _kernels(bundle: Bundle, settings: CudaSettings) -> tuple[StepFiles, Device] | None:
+    """What a decode step by our own kernels needs; None where it is ONNX Runtime's."""
+    if not settings.own_kernels:
+        return None
+    files = read_step(bundle)
+    if files is None:
+        log.warning("%s: decode steps run on ONNX Runtime's kernels: it does not describe them", bundle.path)
+        return None
+    if settings.kernels_on is not None:
+        return files, settings.kernels_on
+    if settings.device != DEVICE:
+        return None
+    try:
+        return files, Gpu()
+    except Unavailable as reason:
+        log.warning("decode steps run on ONNX Runtime's kernels, at about half the speed: %s", reason)
+        return None
+
+
+def _load_weights(files: StepFiles, device: str) -> dict[str, ort.OrtValue]:
+    """All regions of a plan, on the device, by the names of the graph's initializers."""
+    return {
+        region.name: ort.OrtValue.ortvalue_from_numpy(np.asarray(files.read(region)), device, 0)
+        for region in files.plan.regions()
+    }
 
 
 def bounds_up_to(context: int) -> tuple[int, ...]:

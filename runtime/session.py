@@ -253,13 +253,17 @@ def open_graph(
     provider_options: Mapping[str, str] | None = None,
     config: Mapping[str, str] | None = None,
     ahead: bool = True,
+    initializers: Mapping[str, ort.OrtValue] | None = None,
 ) -> ort.InferenceSession:
     """An ONNX Runtime session with this project's options. Raises BundleError.
 
     provider_options: of CUDA. config: entries of the session's configuration. ahead: whether its weights are
-    read from the disk ahead of loading them; False for tables, of which few rows are ever read.
+    read from the disk ahead of loading them; False for tables, of which few rows are ever read. initializers:
+    those that are in memory already, where the session would put them; they must outlive it.
     """
     options = session_options(threads)
+    for key, shared in (initializers or {}).items():
+        options.add_initializer(key, shared)
     for key, value in (config or {}).items():
         options.add_session_config_entry(key, value)
     name = _PROVIDERS[provider]
