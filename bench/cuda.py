@@ -32,13 +32,15 @@ FPA = {"ep.cuda.fpa_intb_gemm": "1"}
 MEA = {"sdpa_kernel": "0"}  # whatever ONNX Runtime takes: memory-efficient attention for heads of 512
 # name -> settings; all but the first replay their steps
 VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": dict(capture=False),
-    "captured": dict(),
-    "captured, but not the pick": dict(capture_pick=False),
-    "captured, memory-efficient attention": dict(provider_options=MEA),
-    "captured, weight-only products": dict(config=FPA),
+    "ONNX Runtime's kernels, launched one by one": dict(own_kernels=False, capture=False),
+    "ONNX Runtime's kernels, captured": dict(own_kernels=False),
+    "ONNX Runtime's, captured, memory-efficient attention": dict(own_kernels=False, provider_options=MEA),
+    "ONNX Runtime's, captured, weight-only products": dict(own_kernels=False, config=FPA),
+    "own kernels, launched one by one": dict(capture=False),
+    "own kernels, captured": dict(),
 }
-BRIEF = ("captured", "captured, weight-only products")
+PLAIN = next(iter(VARIANTS))
+BRIEF = ("ONNX Runtime's kernels, captured", "own kernels, captured")
 
 
 class Clock:
@@ -96,7 +98,7 @@ def main() -> int:
             continue
         tokens = row.pop("tokens")
         first = first or tokens
-        row["same_tokens_as_plain"] = next(
+        row["same_tokens_as_first"] = next(
             (i for i, (a, b) in enumerate(zip(first, tokens, strict=True)) if a != b), len(tokens)
         )
         row["read_gb_s"] = (read_bytes + row["cache_bytes"]) / row["decode_ms"] / 1e6
@@ -105,15 +107,15 @@ def main() -> int:
             f"{name:42} decode {row['decode_ms']:.3f} ms = {1e3 / row['decode_ms']:.0f} tok/s "
             f"({row['read_gb_s']:.0f} GB/s; {row['parts_ms']}), prefill "
             + ", ".join(f"{n}: {v:,.0f}" for n, v in row["prefill_tok_s"].items())
-            + f" tok/s; same tokens {row['same_tokens_as_plain']}/{len(tokens)}; open {row['open_s']:.1f} s, "
+            + f" tok/s; same tokens {row['same_tokens_as_first']}/{len(tokens)}; open {row['open_s']:.1f} s, "
             f"{row['gpu_mib']} MiB",
             flush=True,
         )
-    captured = {name: row for name, row in variants.items() if name != "plain"}
+    captured = {name: row for name, row in variants.items() if "captured" in name}
     if captured:
         best = min(captured, key=lambda name: captured[name]["decode_ms"])
         result["best"] = best
-        for name in dict.fromkeys((best,) if args.brief else ("captured", best)):
+        for name in dict.fromkeys((best,) if args.brief else (BRIEF[0], best)):
             found = attempt(
                 f"kernels of {name}", lambda name=name: count_kernels(bundle, args, VARIANTS[name])
             )
@@ -160,10 +162,13 @@ def run_variant(bundle: Bundle, args: argparse.Namespace, settings: dict[str, An
     session = open_session(bundle, args, settings)
     open_s = time.perf_counter() - start
     tokens = decode(session, args, args.new_tokens)[1]  # warms up, too
-    clocks = {"decoder": Clock(session.decoder), "embeddings": Clock(session._inputs._embeddings)}
-    clocks["pick"] = Clock(session._pickers[GREEDY])
-    session.decoder, session._inputs._embeddings = clocks["decoder"], clocks["embeddings"]  # type: ignore[assignment]
-    session._pickers[GREEDY] = clocks["pick"]  # type: ignore[assignment]
+    clocks = {"decoder": Clock(session.decoder), "pick": Clock(session._pickers[GREEDY])}
+    clocks["embeddings"] = Clock(session.embeddings)
+    session.decoder, session._pickers[GREEDY] = clocks["decoder"], clocks["pick"]  # type: ignore[assignment]
+    session.embeddings = session._inputs._embeddings = clocks["embeddings"]  # type: ignore[assignment]
+    if session._own is not None:
+        clocks["own kernels"] = Clock(session._own)
+        session._own = clocks["own kernels"]  # type: ignore[assignment]
     for clock in clocks.values():
         clock.spent_s = 0.0
     steps, again = decode(session, args, args.new_tokens, clocks)
@@ -275,7 +280,7 @@ def count_kernels(bundle: Bundle, args: argparse.Namespace, settings: dict[str, 
 
 def count_nodes(bundle: Bundle, args: argparse.Namespace) -> dict[str, Any]:
     """Nodes of a step and their provider, by ONNX Runtime's own profile of a session without capture."""
-    session = open_session(bundle, args, dict(capture=False))
+    session = open_session(bundle, args, dict(own_kernels=False, capture=False))
     options = ort.SessionOptions()
     with tempfile.TemporaryDirectory() as folder:
         options.enable_profiling, options.profile_file_prefix = True, f"{folder}/ort"

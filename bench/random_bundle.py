@@ -32,6 +32,7 @@ def make(
     import onnx_ir as ir
 
     from gemma_edge.export.attach import attach
+    from gemma_edge.export.decode_step import write_decode_step
     from gemma_edge.export.fused import fused_layers
     from gemma_edge.export.pickers import write_pickers
     from gemma_edge.export.plan import DECODER_DATA, EMBEDDINGS_DATA, HEAD, TOKEN_TABLE, inner_type, make_plan
@@ -106,6 +107,8 @@ def make(
     for name, traced in graphs.items():
         graph = attach(traced, stored, Checkpoint(), files[DECODER_DATA], head=plan.head, recipe=recipe)  # type: ignore[arg-type]
         ir.save(graph, out / name)
+        if name == "decoder_cuda.onnx":
+            write_decode_step(out, model, graph, Checkpoint(), plan.head)  # type: ignore[arg-type]
     constants.close()
     sizes = {name: file._end for name, file in files.items()}
     manifest = _manifest(model, profile, recipe, plan)
@@ -146,7 +149,7 @@ def fill(skeleton: Path, out: Path) -> None:
     start = time.perf_counter()
     out.mkdir(parents=True)
     described = json.loads((skeleton / REGIONS).read_text())
-    for path in skeleton.glob("*.onnx"):
+    for path in (*skeleton.glob("*.onnx"), *skeleton.glob("decode_step.*")):
         shutil.copyfile(path, out / path.name)
     random = np.random.default_rng(0)
     tile = random.integers(0, 256, TILE_BYTES, np.uint8)

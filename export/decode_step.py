@@ -21,6 +21,7 @@ from .modules.decoder import PRODUCT_GAIN
 
 HEAD_DIMS = (16, 32, 64, 128, 256, 512)
 MOST_BLOCK = 256
+LEAST_WIDTH = 16  # a row is a multiple of it
 LANE_WEIGHTS = {2: 32, 4: 16, 8: 8}  # of one scale, at least: what a lane reads at once
 NORMS = (
     "input_layernorm",
@@ -106,6 +107,8 @@ def _products(graph: ir.Model) -> dict[str, Product]:
         bits, block = node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()
         if block < LANE_WEIGHTS[bits] or block > MOST_BLOCK:
             raise Unsupported(f"{weights.name}: blocks of {block} in {bits} bits")
+        if node.attributes["K"].as_int() % LEAST_WIDTH:
+            raise Unsupported(f"{weights.name}: rows of {node.attributes['K'].as_int()}")
         found[weights.name.removesuffix(".blocks")] = Product(
             rows=node.attributes["N"].as_int(),
             width=node.attributes["K"].as_int(),

@@ -120,6 +120,11 @@ class CudaSession:
             self.best()
 
     @property
+    def own_kernels(self) -> bool:
+        """Whether a decode step is run by our own kernels."""
+        return self._own is not None
+
+    @property
     def picks(self) -> Picks:
         """The largest logits are found here."""
         return self
@@ -214,6 +219,7 @@ class CudaSession:
             window=self._window,
             context=self.caches.context,
             rows=rows,
+            capture=self._captures,
         )
         self._own_ids = np.zeros((1, 1), np.int64)
         self._own_lookup = self.embeddings.io_binding()

@@ -92,7 +92,9 @@ class Gpu:
         held.bytes[:] = 0
         return held
 
-    def record(self, copy: tuple[Memory, Pinned], launches: Sequence[Launch]) -> Callable[[], None]:
+    def record(
+        self, copy: tuple[Memory, Pinned], launches: Sequence[Launch], *, capture: bool = True
+    ) -> Callable[[], None]:
         from cuda.core import LaunchConfig, launch
 
         kernels = self._compile(sorted({item.kernel for item in launches}))
@@ -100,27 +102,39 @@ class Gpu:
             most = max(item.shared_bytes for item in launches if item.kernel == name)
             if most > SHARED_BYTES:
                 _allow_shared(kernel, most, self._device)
-        builder = self._device.create_graph_builder()
-        builder.begin_building()
-        copy[0].buffer.copy_from(copy[1].buffer, stream=builder)  # type: ignore[attr-defined]
-        for number, item in enumerate(launches):
-            config = LaunchConfig(
+        configs = [
+            LaunchConfig(
                 grid=item.grid,
                 block=item.threads,
                 shmem_size=item.shared_bytes,
                 # The first follows a copy, which has no early end.
                 programmatic_stream_serialization=self._early and number > 0,
             )
-            launch(builder, config, kernels[item.kernel], *item.arguments)
-        graph = builder.end_building().complete()
-        graph.upload(self._stream)
-        self._stream.sync()
+            for number, item in enumerate(launches)
+        ]
+
+        def start(stream: Any) -> None:
+            copy[0].buffer.copy_from(copy[1].buffer, stream=stream)  # type: ignore[attr-defined]
+            for config, item in zip(configs, launches, strict=True):
+                launch(stream, config, kernels[item.kernel], *item.arguments)
+
+        graph = None
+        if capture:
+            builder = self._device.create_graph_builder()
+            builder.begin_building()
+            start(builder)
+            graph = builder.end_building().complete()
+            graph.upload(self._stream)
+            self._stream.sync()
 
         def run() -> None:
             if not hasattr(self._current, "here"):  # each thread has a context of its own
                 self._device.set_current()
                 self._current.here = True
-            graph.launch(self._stream)
+            if graph is None:
+                start(self._stream)
+            else:
+                graph.launch(self._stream)
             self._stream.sync()
 
         return run
@@ -136,6 +150,7 @@ class Gpu:
         symbols_path = path.with_suffix(".json")
         try:
             code, symbols = path.read_bytes(), json.loads(symbols_path.read_text())
+            symbols = {name: lowered.encode() for name, lowered in symbols.items()}
             found = ObjectCode.from_cubin(code, symbol_mapping=symbols)
             return {name: found.get_kernel(name) for name in names}
         except FileNotFoundError:

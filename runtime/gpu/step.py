@@ -17,16 +17,23 @@ import numpy.typing as npt
 from .plan import Product, StepFiles, StepLayer
 
 ACTIVATIONS = {"gelu_pytorch_tanh": 0, "gelu": 1, "silu": 2, "relu": 3}
+BRANCH, NORM, BOUNDED = 1, 2, 4  # what a product's input is, as the kernel has it
 WARP = 32
 MOST_WARPS = 16  # of a block of a product
-LEAST_WARPS = 4
+LEAST_WARPS = 8
 BLOCKS_AT_ONCE = 2  # blocks of 16 warps that fit on a multiprocessor
 TURNS = {1: (5, 4, 3, 2, 1), 2: (3, 2, 1)}  # reads of a lane that are under way at once, by rows of a warp
 TURN_BYTES = 8 * WARP  # of a row: what a warp reads in one turn
 ATTENTION_THREADS = 256
-SLIDING_SPLITS, FULL_SPLITS = 16, 32  # of the keys among blocks; at most 32
-STRIP = 8  # values of a row that a block of `append` moves
+SLIDING_SPLITS, FULL_SPLITS = 8, 32  # of the keys among blocks; at most 32
+LARGE_HEAD = 512  # of these a block takes one at a time, of others two
+STRIP = 8  # values of a row that a block of `make_room` moves
 ALIGNMENT_BYTES = 256
+PICK_THREADS = 512
+# The kernels' struct of a sliding cache.
+SLIDING = np.dtype(
+    [("keys", "u8"), ("values", "u8"), *((name, "i4") for name in ("kv_heads", "capacity", "dim", "unused"))]
+)
 
 
 class Memory(Protocol):
@@ -65,8 +72,10 @@ class Device(Protocol):
 
     def pinned(self, count_bytes: int) -> Pinned: ...
 
-    def record(self, copy: tuple[Memory, Pinned], launches: Sequence[Launch]) -> Callable[[], None]:
-        """What copies, runs the launches in order, and returns when all is done."""
+    def record(
+        self, copy: tuple[Memory, Pinned], launches: Sequence[Launch], *, capture: bool = True
+    ) -> Callable[[], None]:
+        """What copies, runs the launches in order, and returns when all is done. capture: as one CUDA graph."""
         ...
 
 
@@ -94,6 +103,7 @@ class DecodeStep:
         window: int,
         context: int,
         rows: Mapping[str, int],
+        capture: bool = True,
     ) -> None:
         """Pointers to device memory: `initializers` by the names in the plan, `caches` as `3.key`, `logits`.
 
@@ -120,7 +130,7 @@ class DecodeStep:
         self._token = self._result.bytes[:8].view(np.int64)
         self.launches: list[Launch] = []
         self._build(logits)
-        self.run = device.record((there, self._host), self.launches)
+        self.run = device.record((there, self._host), self.launches, capture=capture)
 
     @property
     def token(self) -> int:
@@ -136,14 +146,16 @@ class DecodeStep:
         attended = self._zeros(4 * max(plan.heads * layer.head_dim for layer in layers))
         gated = self._zeros(4 * max(layer.gate_proj.rows for layer in layers))
         splits = max(SLIDING_SPLITS, FULL_SPLITS)
-        partial = self._zeros(4 * plan.heads * splits * (max(layer.head_dim for layer in layers) + 2))
+        partial = self._zeros(4 * plan.heads * splits * (max(layer.head_dim for layer in layers) + 4))
         counters = self._zeros(4 * plan.heads)
+        self._make_room()
         extras, width = self._per_layer_inputs()
         self._states = [*hidden]
         x, pending = self._there["inputs_embeds"], None
         for index, layer in enumerate(layers):
             x = self._attention(index, layer, x, pending, projected, attended, partial, counters)
-            self._product(layer.o_proj, attended, branch)
+            # A mean of values, whose root mean square is 1: none is above the root of the head's size.
+            self._product(layer.o_proj, attended, branch, bounded=True)
             pending = Branch(branch, self._norm(index, "post_attention_layernorm"), plan.eps, 1.0)
             x = self._product(
                 layer.gate_proj,
@@ -209,46 +221,41 @@ class DecodeStep:
         kind = "sliding_attention" if layer.sliding else "full_attention"
         cos, sin = self._rotary(f"cos_{kind}"), self._rotary(f"sin_{kind}")
         cache = [self._caches[f"{layer.cache}.{part}"] for part in ("key", "value")]
-        # Without slack a sliding cache holds one window.
-        capacity = np.int32(min(self._window, self._context) if layer.sliding else self._context)
-        sliding, eps = np.int32(layer.sliding), np.float32(plan.eps)
-        if layer.writes:
-            key_norm = self._norm(index, "self_attn.k_norm")
-            self.launches.append(
-                Launch(
-                    f"append<{dim}>",
-                    (dim // STRIP, layer.kv_heads, 2),
-                    128,
-                    0,
-                    (keys, values, key_norm, cos, sin, self._position, *cache, capacity, sliding, eps),
-                )
-            )
+        key_norm = self._norm(index, "self_attn.k_norm") if layer.writes else 0
         each = plan.heads // layer.kv_heads
-        together = next(count for count in ((2, 1) if dim == 512 else (4, 2, 1)) if each % count == 0)
-        self.launches.append(
-            Launch(
-                f"attend<{dim}, {together}>",
-                (SLIDING_SPLITS if layer.sliding else FULL_SPLITS, plan.heads // together, 1),
-                ATTENTION_THREADS,
-                0,
-                (
-                    projected,
-                    self._norm(index, "self_attn.q_norm"),
-                    cos,
-                    sin,
-                    self._position,
-                    *cache,
-                    capacity,
-                    sliding,
-                    np.int32(each),
-                    eps,
-                    partial,
-                    counters,
-                    attended,
-                ),
-            )
+        together = 2 if dim < LARGE_HEAD and each % 2 == 0 else 1
+        splits = SLIDING_SPLITS if layer.sliding else FULL_SPLITS
+        arguments = (
+            *(projected, keys, values, self._norm(index, "self_attn.q_norm"), key_norm),
+            *(cos, sin, self._position, *cache),
+            np.int32(self._capacity(layer)),
+            np.int32(layer.sliding),
+            np.int32(each),
+            np.float32(plan.eps),
+            *(partial, counters, attended),
         )
+        kernel = f"attend<{dim}, {together}, {str(layer.writes).lower()}>"
+        grid = (plan.heads // together, splits, 1)
+        self.launches.append(Launch(kernel, grid, ATTENTION_THREADS, 0, arguments))
         return x
+
+    def _make_room(self) -> None:
+        """First of all: every full sliding cache loses its oldest row."""
+        sliding = [layer for layer in self._plan.layers if layer.writes and layer.sliding]
+        if not sliding:
+            return
+        table = np.zeros(len(sliding), SLIDING)
+        for row, layer in zip(table, sliding, strict=True):
+            row["keys"], row["values"] = (self._caches[f"{layer.cache}.{part}"] for part in ("key", "value"))
+            row["kv_heads"], row["capacity"] = layer.kv_heads, self._capacity(layer)
+            row["dim"] = layer.head_dim
+        strips = max(layer.kv_heads * layer.head_dim // STRIP for layer in sliding)
+        arguments = (self._array(table), self._position)
+        self.launches.append(Launch("make_room", (strips, len(sliding), 2), 128, 0, arguments))
+
+    def _capacity(self, layer: StepLayer) -> int:
+        """Tokens. Without slack a sliding cache holds one window."""
+        return min(self._window, self._context) if layer.sliding else self._context
 
     def _head(self, x: int, pending: Branch | None, logits: int) -> None:
         head = self._plan.head
@@ -256,7 +263,7 @@ class DecodeStep:
         values, rows = self._zeros(4 * grid), self._zeros(4 * grid)
         self._product(head, x, logits, branch=pending, norm=self._vectors["norm.weight"], best=(values, rows))
         arguments = (values, rows, np.int32(grid), self._result.pointer)
-        self.launches.append(Launch("pick", (1, 1, 1), WARP, 0, arguments))
+        self.launches.append(Launch("pick", (1, 1, 1), PICK_THREADS, 0, arguments))
 
     def _product(
         self,
@@ -269,6 +276,7 @@ class DecodeStep:
         up: Product | None = None,
         other: int = 0,
         best: tuple[int, int] | None = None,
+        bounded: bool = False,
     ) -> int:
         """Launch out = W input; returns where the residual stream is: x, or x with the branch added."""
         result = "LOGITS" if best else "GATED" if up else "TIMES" if other else "STORE"
@@ -278,12 +286,13 @@ class DecodeStep:
         if branch is not None:
             updated = next(state for state in self._states if state != x)
         scale = "float" if product.scales.dtype == "float32" else "u16"
-        kernel = f"product<{product.bits}, {scale}, {result}, {rows}, {turns_at_once(turns, rows)}>"
+        of = (BRANCH if branch else 0) | (NORM if norm else 0) | (BOUNDED if bounded else 0)
         grid, warps = self._grid(product.rows if up else product.rows // rows)
+        loads, at_once = -(-product.width // (8 * warps * WARP)), turns_at_once(turns, rows)
+        whole = str(product.row_bytes % (at_once * TURN_BYTES) == 0).lower()
+        template = f"{product.bits}, {scale}, {result}, {of}, {rows}, {at_once}, {loads}, {whole}"
         lane_bytes = 4 if product.bits == 8 else 2  # of a value in shared memory
         shared = turns * WARP * (64 // product.bits) * lane_bytes
-        if branch is not None or norm:
-            shared += 4 * product.width
         parts = (product, up or product)
         arguments = (
             *(self._initializers[part.weights.name] for part in parts),
@@ -306,7 +315,7 @@ class DecodeStep:
             np.float32(self._plan.softcap),
             *(best or (0, 0)),
         )
-        self.launches.append(Launch(kernel, (grid, 1, 1), warps * WARP, shared, arguments))
+        self.launches.append(Launch(f"product<{template}>", (grid, 1, 1), warps * WARP, shared, arguments))
         return updated or x
 
     def _grid(self, units: int) -> tuple[int, int]:

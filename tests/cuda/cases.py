@@ -20,6 +20,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from gemma_edge.runtime.bundle import DECODE_STEP, DECODE_STEP_VECTORS
+
 from ..support.shapes import (
     LAST_SOURCE_SLIDING,
     NO_PER_LAYER_INPUTS,
@@ -37,6 +39,8 @@ KEPT = (
     "greedy.onnx",
     "top.onnx",
     "manifest.json",
+    DECODE_STEP,
+    DECODE_STEP_VECTORS,
 )
 AUDIO = ("audio_encoder_stream.onnx", "audio_encoder.onnx.data")
 # As E2B's heads are, so that the kernels are those that E2B gets.
@@ -229,7 +233,8 @@ def export(checkpoint: Path, out: Path, recipe: str, case: Case, *, on_cuda: boo
 def keep(bundle: Path, folder: Path, names: tuple[str, ...]) -> None:
     """What the session on the GPU opens, and a manifest that speaks of these files alone."""
     for name in names:
-        shutil.copyfile(bundle / name, folder / name)
+        if (bundle / name).exists():  # not every recipe's steps are described for our kernels
+            shutil.copyfile(bundle / name, folder / name)
     data = bundle / "embeddings.onnx.data"
     shutil.copyfile(data, folder / data.name)
     manifest = json.loads((bundle / "manifest.json").read_text())

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from gemma_edge.runtime.bundle import open_bundle
+from gemma_edge.runtime.bundle import DECODE_STEP, open_bundle
 from gemma_edge.runtime.cuda_session import CudaSession, CudaSettings, load_libraries
 from gemma_edge.runtime.engine import Engine, SamplingParams
 
@@ -33,6 +33,15 @@ LEAD, FLIPS = 6.0, 0.02
 NANO_LOSS = 0.05  # of the answers may be right on the CPU and wrong on the GPU
 
 Figures = dict[str, Any]
+Settings = dict[str, bool]
+
+# Whose kernels run a decode step, and how.
+FORMS: dict[str, Settings] = {
+    "ONNX Runtime's, not captured": dict(own=False, capture=False),
+    "ONNX Runtime's": dict(own=False, capture=True),
+    "own kernels, not captured": dict(own=True, capture=False),
+    "own kernels": dict(own=True, capture=True),
+}
 
 
 @dataclass(frozen=True)
@@ -42,18 +51,24 @@ class Place:
     folder: Path
     device: str = "cuda"
 
-    def session(self, name: str, *, capture: bool = True, **settings: Any) -> CudaSession:
+    def session(self, name: str, *, capture: bool = True, own: bool = True, **settings: Any) -> CudaSession:
+        """own: a decode step by our own kernels where the bundle describes it."""
         bundle = open_bundle(self.folder / folder_name(name))
-        return CudaSession(bundle, settings=CudaSettings(capture=capture, device=self.device, **settings))
+        session = CudaSession(
+            bundle, settings=CudaSettings(own, capture=capture, device=self.device, **settings)
+        )
+        described = (self.folder / folder_name(name) / DECODE_STEP).exists() and self.device == "cuda"
+        assert session.own_kernels == (own and described)
+        return session
 
     def reference(self, name: str) -> Any:
         return np.load(self.folder / folder_name(name) / "reference.npz")
 
 
-def parity(place: Place, name: str, *, capture: bool = True) -> Figures:
+def parity(place: Place, name: str, **settings: bool) -> Figures:
     """A prompt in ragged chunks, then token by token to the text's end, far past the window."""
     reference = place.reference(name)
-    logits = run_text(place.session(name, capture=capture), reference["ids"], int(reference["chunk"]))
+    logits = run_text(place.session(name, **settings), reference["ids"], int(reference["chunk"]))
     return compare(logits, reference)
 
 
@@ -107,27 +122,27 @@ def compare(found: Mapping[int, np.ndarray], reference: Any) -> Figures:
     return figures
 
 
-def capture_equals(place: Place, name: str) -> Figures:
-    """Greedy decoding with and without captured steps: the same tokens, and how far logits are apart."""
+def same_greedy(place: Place, name: str, first: Settings, second: Settings) -> Figures:
+    """Greedy decoding in two ways: the same tokens, and how far logits are apart."""
     reference = place.reference(name)
     ids, chunk = reference["ids"], int(reference["chunk"])
     runs = []
-    for capture in (False, True):
-        session = place.session(name, capture=capture)
-        for first in range(0, 2 * chunk, chunk):
-            session.prefill(ids[first : first + chunk], first, last=first > 0)
+    for settings in (first, second):
+        session = place.session(name, **settings)
+        for start in range(0, 2 * chunk, chunk):
+            session.prefill(ids[start : start + chunk], start, last=start > 0)
         tokens, rows = [session.best()], [session.logits.copy()]
         for position in range(2 * chunk, 2 * chunk + 200):
             session.step(tokens[-1], position)
             rows.append(session.logits.copy())
             tokens.append(session.best())
         runs.append((tokens, np.array(rows)))
-    (plain, plain_rows), (captured, captured_rows) = runs
-    same = next((i for i, (a, b) in enumerate(zip(plain, captured, strict=True)) if a != b), len(plain))
-    apart = float(np.abs(plain_rows[:same] - captured_rows[:same]).max())
-    figures = dict(tokens=len(plain), same=same, worst_difference=apart, spread=float(plain_rows.std()))
-    if same < len(plain):
-        lead = float(np.diff(np.sort(plain_rows[same])[-2:])[0])
+    (tokens, rows), (others, other_rows) = runs
+    same = next((i for i, (a, b) in enumerate(zip(tokens, others, strict=True)) if a != b), len(tokens))
+    apart = float(np.abs(rows[:same] - other_rows[:same]).max())
+    figures = dict(tokens=len(tokens), same=same, worst_difference=apart, spread=float(rows.std()))
+    if same < len(tokens):
+        lead = float(np.diff(np.sort(rows[same])[-2:])[0])
         figures["lead_where_it_differs"] = lead
         assert lead < 4 * apart, f"tokens differ although the largest logit leads: {figures}"
     return figures
@@ -135,7 +150,7 @@ def capture_equals(place: Place, name: str) -> Figures:
 
 def placement(place: Place, name: str) -> Figures:
     """Every node of the decoder is CUDA's, by the session's own report."""
-    session = place.session(name, config={"session.record_ep_graph_assignment_info": "1"})
+    session = place.session(name, own=False, config={"session.record_ep_graph_assignment_info": "1"})
     nodes: dict[str, dict[str, int]] = {}
     for subgraph in session.decoder.get_provider_graph_assignment_info():
         for node in subgraph.get_nodes():
@@ -283,10 +298,23 @@ def all_checks() -> dict[str, Callable[[Place], Figures]]:
     """By name, in order."""
     checks: dict[str, Callable[[Place], Figures]] = {"environment": environment}
     for name in CASES:
-        checks[f"parity: {name}"] = lambda place, name=name: parity(place, name, capture=False)
-        checks[f"parity, captured: {name}"] = lambda place, name=name: parity(place, name)
-    for name in ("e2b int4", "heads of E2B", "heads of E2B, int4"):
-        checks[f"captured equals not captured: {name}"] = lambda place, name=name: capture_equals(place, name)
+        for form, settings in FORMS.items():
+            if CASES[name].recipe == "fp16" and settings["own"]:
+                continue  # float products are ONNX Runtime's
+            checks[f"parity, {form}: {name}"] = lambda place, name=name, settings=settings: parity(
+                place, name, **settings
+            )
+    for name in ("e2b int4", "heads of E2B", "heads of E2B, int4", "heads of E2B, 2 bits"):
+        if CASES[name].recipe != "fp16":
+            checks[f"own kernels, captured or not: {name}"] = lambda place, name=name: same_greedy(
+                place, name, FORMS["own kernels, not captured"], FORMS["own kernels"]
+            )
+            checks[f"own kernels or ONNX Runtime's: {name}"] = lambda place, name=name: same_greedy(
+                place, name, FORMS["ONNX Runtime's, not captured"], FORMS["own kernels"]
+            )
+        checks[f"ONNX Runtime's, captured or not: {name}"] = lambda place, name=name: same_greedy(
+            place, name, FORMS["ONNX Runtime's, not captured"], FORMS["ONNX Runtime's"]
+        )
     for name in ("e2b int4", "heads of E2B, int4", "heads of E2B, 2 bits", "no per-layer inputs"):
         checks[f"all nodes on CUDA: {name}"] = lambda place, name=name: placement(place, name)
     for name in ("e2b int4", "heads of E2B, int4"):

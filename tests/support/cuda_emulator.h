@@ -17,6 +17,7 @@
 #define __global__
 #define __device__
 #define __shared__ static
+#define __align__(bytes) __attribute__((aligned(bytes)))
 #define __launch_bounds__(...)
 
 struct Dim3 { unsigned x, y, z; };
@@ -32,11 +33,11 @@ struct Fiber {
     ucontext_t start;
     jmp_buf here;  // jumps between stacks: swapcontext would ask the kernel for the signal mask each time
     std::vector<char> stack = std::vector<char>(128 << 10);
-    bool started;
+    bool started = false;
     State state;
     uint32_t slot;
 };
-static std::vector<Fiber> fibers;
+static std::vector<Fiber> fibers(1024);  // the most threads of a block
 static jmp_buf scheduler;
 static ucontext_t never;
 static unsigned current;
@@ -47,9 +48,10 @@ inline void yield(State state) {
     if (!_setjmp(fibers[current].here)) _longjmp(scheduler, 1);
 }
 inline void enter() {
-    body();
-    fibers[current].state = DONE;
-    _longjmp(scheduler, 1);
+    for (;;) {  // a fiber lives on, from block to block
+        body();
+        yield(DONE);
+    }
 }
 inline void resume(unsigned thread) {
     current = thread;
@@ -64,14 +66,14 @@ inline void resume(unsigned thread) {
 
 // One block: each warp runs until all of its threads wait for the block, then the next; then all again.
 inline void run_block(unsigned threads) {
-    if (fibers.size() < threads) fibers.resize(threads);
     for (unsigned i = 0; i < threads; ++i) {
-        getcontext(&fibers[i].start);
-        fibers[i].start.uc_stack.ss_sp = fibers[i].stack.data();
-        fibers[i].start.uc_stack.ss_size = fibers[i].stack.size();
-        fibers[i].start.uc_link = nullptr;
-        makecontext(&fibers[i].start, enter, 0);
-        fibers[i].started = false;
+        if (!fibers[i].started) {
+            getcontext(&fibers[i].start);
+            fibers[i].start.uc_stack.ss_sp = fibers[i].stack.data();
+            fibers[i].start.uc_stack.ss_size = fibers[i].stack.size();
+            fibers[i].start.uc_link = nullptr;
+            makecontext(&fibers[i].start, enter, 0);
+        }
         fibers[i].state = READY;
     }
     bool running = true;
@@ -125,6 +127,9 @@ inline float part(uint32_t two, int shift) { return half((uint16_t)(two >> shift
 
 inline float widen(uint16_t bits) { return emulated::half(bits); }
 inline uint16_t narrow(float value) { return emulated::bits_of(value); }
+inline uint32_t narrow2(float low, float high) { return narrow(low) | (uint32_t)narrow(high) << 16; }
+struct alignas(16) Floats4 { float x, y, z, w; };
+inline Floats4 load_shared4(const float* at) { return *(const Floats4*)at; }
 inline uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
     using emulated::part;
     return emulated::by_half([&](int s) { return part(a, s) * part(b, s) + part(c, s); });

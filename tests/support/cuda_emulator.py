@@ -46,7 +46,9 @@ class Emulator:
     def pinned(self, count_bytes: int) -> Pinned:
         return Held(np.zeros(count_bytes, np.uint8))
 
-    def record(self, copy: tuple[Memory, Pinned], launches: Sequence[Launch]) -> Callable[[], None]:
+    def record(
+        self, copy: tuple[Memory, Pinned], launches: Sequence[Launch], *, capture: bool = True
+    ) -> Callable[[], None]:
         names = sorted({item.kernel for item in launches})
         library = ctypes.CDLL(str(compiled(names, self._folder)))
         target, source = copy
@@ -63,7 +65,9 @@ class Emulator:
 
 def compiled(names: Sequence[str], folder: Path) -> Path:
     """A library with the named kernels; made once."""
-    cases = "\n".join(f"        case {i}: launch({name}, grid, threads, arguments); return;" for i, name in enumerate(names))
+    cases = "\n".join(
+        f"        case {i}: launch({name}, grid, threads, arguments); return;" for i, name in enumerate(names)
+    )
     text = SOURCE.read_text(encoding="utf-8")
     text = re.sub(r"^ *#pragma unroll.*\n", "", text, flags=re.MULTILINE)
     text = f"""#include "{HEADER}"
