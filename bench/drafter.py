@@ -108,7 +108,7 @@ def played(passes: list[float], drafting_s: float, rate: float, longest: int) ->
     pace, drawn = Pace(longest), random.Random(1)
     spent = made = run = count = 0.0
     while made < TOKENS:
-        _, most = pace.choose_between(0, longest)
+        _, most = pace.choose_between([], longest)
         odds = [rate] * most
         while odds and not pace.pays(odds[:-1], rate):
             odds.pop()
@@ -119,7 +119,7 @@ def played(passes: list[float], drafting_s: float, rate: float, longest: int) ->
         if most:
             pace.learn_drafted(odds, right, took, most, most * drafting_s)
         else:
-            pace.learn(0, 0, 0, took)
+            pace.learn(0, 0, took)
         spent += took
         made += right + 1
         run += len(odds)

@@ -1,12 +1,15 @@
 """What guessed tokens gain: speed and tokens a pass with and without, in turns, on sensor summaries.
 
 python bench/speculation.py BUNDLE [--speculate 8] [--prompts 20] [--repeats 3] [--threads N]
-    [--wrong] [--replay BUNDLE]
+    [--taught 0] [--wrong] [--replay BUNDLE]
 
 BUNDLE is the nano model's. Each window is summarised without and with guesses, in turns; answers are
-compared. --wrong makes every guess a wrong one: what guessing costs at worst, in answers full of matches.
---replay has another bundle, of any model with as large a vocabulary, say what nano says: time at full size.
-Figures are medians over repeats of sums over all prompts.
+compared. Every repeat is of other windows and begins with nothing learned from answers, or from those to
+--taught windows more. --wrong makes every guess a wrong one: what guessing costs at worst, in answers full of
+matches. --replay has another bundle, of any model with as large a vocabulary, say what nano says: time at
+full size. Figures are medians over repeats of sums over all prompts.
+
+Times as fast = tokens a pass / time of a pass with guesses, in steps of one token.
 """
 
 from __future__ import annotations
@@ -25,18 +28,19 @@ from gemma_edge.examples.sensor_summary.prompt import summary_messages
 from gemma_edge.runtime import engine as runtime_engine
 from gemma_edge.runtime.bundle import Bundle, open_bundle
 from gemma_edge.runtime.chat import load_template
-from gemma_edge.runtime.drafts import Lookup
 from gemma_edge.runtime.engine import Engine
+from gemma_edge.runtime.lookup import Memory, Text
 from gemma_edge.runtime.sampler import SamplingParams
 from gemma_edge.runtime.stats import GenerationStats
 from gemma_edge.runtime.tokenizer import load_tokenizer
 
 SEED = 77_500_000
+TAUGHT = 77_600_000
 
 
-def prompts_of(bundle: Bundle, count: int) -> list[list[int]]:
+def prompts_of(bundle: Bundle, seed: int, count: int) -> list[list[int]]:
     tokenizer, template = load_tokenizer(bundle), load_template(bundle)
-    windows = [random_window(random.Random(SEED + number), held_out=True) for number in range(count)]
+    windows = [random_window(random.Random(seed + number), held_out=True) for number in range(count)]
     return [template.encode(tokenizer, summary_messages(window)) for window in windows]
 
 
@@ -60,6 +64,14 @@ def answer(engine: Engine, prompt: list[int], params: SamplingParams) -> tuple[l
     return tokens, engine.last_stats
 
 
+def memory_of(answers: list[tuple[list[int], list[int]]]) -> Memory:
+    """What a guesser has learned from these prompts and answers."""
+    memory = Memory()
+    for prompt, tokens in answers:
+        Text(memory, prompt).extend(tokens)
+    return memory
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle", type=Path)
@@ -67,6 +79,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--taught", type=int, default=0, metavar="WINDOWS")
     parser.add_argument("--wrong", action="store_true")
     parser.add_argument("--replay", type=Path, metavar="BUNDLE")
     args = parser.parse_args()
@@ -76,26 +89,35 @@ def main() -> None:
     bundle = open_bundle(args.bundle)
     plain = Engine(bundle, threads=args.threads)
     guessing = Engine(bundle, threads=args.threads, speculate=args.speculate)
-    if guessing._drafts is None:
+    drafts = guessing._drafts
+    if drafts is None:
         raise SystemExit(f"{args.bundle}: its sliding caches have no slack; export it for another device")
     params = SamplingParams()
     if args.wrong:
-        right = Lookup.after
-        Lookup.after = lambda *found: [token ^ 1 for token in right(*found)]  # type: ignore[method-assign]
-    prompts = prompts_of(bundle, args.prompts)
+        right = Text.guesses
+        Text.guesses = lambda text: ((token ^ 1, chance) for token, chance in right(text))  # type: ignore[method-assign]
+    prompts = prompts_of(bundle, SEED, args.prompts * args.repeats)
+    stop = min(plain.eos)
+    taught = [
+        (prompt, [*answer(plain, prompt, params)[0], stop])
+        for prompt in prompts_of(bundle, TAUGHT, args.taught)
+    ]
     if args.replay is not None:
         said = {tuple(prompt): answer(plain, prompt, params)[0] for prompt in prompts}
         bundle, stops = open_bundle(args.replay), plain.eos
         plain = Engine(bundle, threads=args.threads)
         guessing = Engine(bundle, threads=args.threads, speculate=args.speculate)
+        drafts = guessing._drafts
+        assert drafts is not None
         plain.eos = guessing.eos = stops
-        runtime_engine.Sampler = partial(Saying, said, min(stops))  # type: ignore[assignment,misc]
+        runtime_engine.Sampler = partial(Saying, said, stop)  # type: ignore[assignment,misc]
     answer(plain, prompts[0], params)  # warms up; the guessing engine has to learn its pace as in use
     rows: list[dict[str, float]] = []
-    for _ in range(args.repeats):
+    for repeat in range(args.repeats):
+        drafts.memory = memory_of(taught)
         names = "tokens passes drafted accepted guessing_s plain_tokens plain_s same"
         row = dict.fromkeys(names.split(), 0.0)
-        for number, prompt in enumerate(prompts):
+        for number, prompt in enumerate(prompts[repeat * args.prompts :][: args.prompts]):
             order = (plain, guessing) if number % 2 else (guessing, plain)
             done = {engine: answer(engine, prompt, params) for engine in order}
             (tokens, stats), (plain_tokens, plain_stats) = done[guessing], done[plain]
@@ -110,30 +132,41 @@ def main() -> None:
         rows.append(row)
         row["tok_s"] = row["tokens"] / row["guessing_s"]
         row["plain_tok_s"] = row["plain_tokens"] / row["plain_s"]
+        row["pass_steps"] = row["guessing_s"] / row["passes"] * row["plain_tok_s"]
         print(
             f"{row['tokens']:.0f} tokens in {row['passes']:.0f} passes, {row['accepted']:.0f} of "
-            f"{row['drafted']:.0f} right; {row['tok_s']:.0f} tok/s, {row['plain_tok_s']:.0f} without "
-            f"them; {row['same']:.0f} of {len(prompts)} answers the same"
+            f"{row['drafted']:.0f} right; {row['tok_s']:.1f} tok/s, {row['plain_tok_s']:.1f} without "
+            f"them; a pass takes {row['pass_steps']:.2f} steps; "
+            f"{row['same']:.0f} of {args.prompts} answers the same",
+            flush=True,
         )
+    pace = drafts.pace
+    one = pace._seconds[1]
     result = {
         "bench": "speculation",
         "bundle": bundle.name,
         "recipe": bundle.manifest.recipe,
         "threads": guessing._session.threads,
-        "longest_draft": guessing._drafts.pace.longest,
+        "longest_draft": pace.longest,
         "all_wrong": args.wrong,
+        "taught": args.taught,
         "tokens_per_pass": round(median([row["tokens"] / row["passes"] for row in rows]), 3),
         "accepted_share": round(median([row["accepted"] / max(row["drafted"], 1) for row in rows]), 3),
+        "pass_steps": round(median([row["pass_steps"] for row in rows]), 3),
         "plain_tok_s": round(median([row["plain_tok_s"] for row in rows]), 1),
         "guessing_tok_s": round(median([row["tok_s"] for row in rows]), 1),
         "ratio": round(median([row["tok_s"] / row["plain_tok_s"] for row in rows]), 3),
-        "pass_ms_by_rows": [round(spent * 1e3, 3) for spent in guessing._drafts.pace._seconds[1:]],
-        "same_answers": min(row["same"] for row in rows) / len(prompts),
+        "pass_ms_by_rows": [round(spent * 1e3, 3) for spent in pace._seconds[1:]],
+        "same_answers": min(row["same"] for row in rows) / args.prompts,
         "machine": about,
     }
     print(
         f"{result['tokens_per_pass']} tokens a pass; {result['plain_tok_s']} tok/s without, "
         f"{result['guessing_tok_s']} with: {result['ratio']} times"
+    )
+    print(
+        "a pass of so many rows takes, in steps of one: "
+        + ", ".join(f"{rows}: {spent / one:.2f}" for rows, spent in enumerate(pace._seconds) if spent)
     )
     print_json(result)
 

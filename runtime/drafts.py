@@ -1,10 +1,10 @@
-"""Guesses at the next tokens, copied from what was said or drafted, and how many of them are worth it.
+"""Guesses at the next tokens, looked up or drafted, and how many of them are worth it.
 
 Where reading weights takes the time, a pass of the model over one token and k guesses costs little more than
 over one token. The sampler then picks at each row as it always does; the first pick that is not the guess
-ends the pass. So answers are those of one token at a time, drawn and penalised ones too. Guesses come from
-the prompt, the answer so far, and the last few answers, which are often alike; or from a drafter, where there
-is one and it promises more. Knows ids and times.
+ends the pass. So answers are those of one token at a time, drawn and penalised ones too. Guesses are looked
+up in the prompt and in what was answered before (`lookup`), or are a drafter's, where there is one and it
+promises more. Knows ids and times.
 """
 
 from __future__ import annotations
@@ -12,23 +12,24 @@ from __future__ import annotations
 import bisect
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Protocol
 
+from .lookup import Memory, Text
+
 MOST_DRAFT = 15  # with the token before them 16 rows, which the session never cuts
-MOST_PLACES = 24  # earlier places that are compared, the last ones first
-LONGEST_MATCH = 24  # tokens compared at a place
-NOTICED_MATCHES = (2, 3, 4, 6, 9, 16)  # matches of at least so many tokens are counted apart
+LEAST_CHANCE = 0.05  # of a guess to come after the right ones before it: what is behind is not looked up
 COST_SHARE = 0.01  # of decoding time, at most, is lost to wrong guesses, by measured times; noise adds to it
-RECENT = 5  # passes of so many rows, whose median is what one takes: interrupted ones do not count
+RECENT = 9  # passes of so many rows, whose median is what one takes: interrupted ones do not count
 FADING = 0.97  # of counts, with each guess
 SAVED_PASSES = 4  # credit for so many passes whose guesses are all wrong, with a drafter: it guesses always
 FIRST_SLOPE = 0.1  # of a step's time, for each row more, until it is measured
+LEAST_SLOPE = 0.04  # the same, whatever is measured: what looks free because times vary is not
+OUTDATED = 128  # passes without one of so many rows, after which the oldest time of these is forgotten
+DOUBT = 2  # passes of so many rows, from which on their own times say more than those of other passes
 PLAIN_EVERY = 64  # passes: how long one token takes has to be known
-DRAFTED = len(NOTICED_MATCHES)  # guesses of a drafter are counted apart, all of them …
+DRAFTED = 0  # guesses of a drafter are counted, all of them …
 NOTICED_ODDS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)  # … and by the probability that it gave them
-KEPT_ANSWERS = 8
-KEPT_TOKENS = 1024  # of an answer, its first ones
 
 
 class Guess(Protocol):
@@ -45,7 +46,7 @@ class Drafts:
 
     def __init__(self, longest: int) -> None:
         self.pace = Pace(longest)
-        self.answers: deque[list[int]] = deque(maxlen=KEPT_ANSWERS)
+        self.memory = Memory()
 
     def begin(self, prompt_ids: Sequence[int], stops: Collection[int]) -> Guesser:
         """For an answer to this prompt. stops: tokens that end it, behind which nothing is guessed."""
@@ -56,11 +57,8 @@ class Guesser:
     """Of one answer."""
 
     def __init__(self, drafts: Drafts, prompt_ids: Sequence[int], stops: Collection[int]) -> None:
-        self._drafts, self._stops = drafts, stops
-        self._lookup = Lookup([token for answer in drafts.answers for token in answer])
-        self._lookup.extend(prompt_ids)
-        self._answer: list[int] = []
-        self._match = 0
+        self._pace, self._stops = drafts.pace, stops
+        self._text = Text(drafts.memory, prompt_ids)
         self._odds: list[float] = []  # of the last guesses, if a drafter made them
         self._asked: tuple[int, float] | None = None  # how many, and how long it took
 
@@ -69,26 +67,33 @@ class Guesser:
 
         drafter: its guesses, made as they are asked for.
         """
-        self._answer += last
-        self._lookup.extend(last)
-        self._match, place = self._lookup.find()
+        self._text.extend(last)
         self._odds, self._asked = [], None
+        draft: list[int] = []
+        chances = self._look_up(draft)
         if drafter is None:
-            count = self._drafts.pace.choose(self._match, most)
-        else:
-            count, drafted = self._drafts.pace.choose_between(self._match, most)
-            if drafted:
-                return self._ask(drafter, drafted)
-        draft = self._lookup.after(place, count)
-        ends = [at for at, token in enumerate(draft) if token in self._stops]
-        return draft[: ends[0]] if ends else draft
+            return draft[: self._pace.choose(chances, most)]
+        count, drafted = self._pace.choose_between(chances, most)
+        return self._ask(drafter, drafted) if drafted else draft[:count]
 
     def learn(self, drafted: int, right: int, seconds: float) -> None:
         """Guessing and the pass took so long; the first `right` of the last guesses were right."""
         if self._asked is not None:
-            self._drafts.pace.learn_drafted(self._odds, right, seconds, *self._asked)
+            self._pace.learn_drafted(self._odds, right, seconds, *self._asked)
         else:
-            self._drafts.pace.learn(self._match, drafted, right, seconds)
+            self._pace.learn(drafted, right, seconds)
+
+    def end(self, last: Sequence[int]) -> None:
+        """The answer is over, with these tokens behind those that were guessed after."""
+        self._text.extend(last)
+
+    def _look_up(self, draft: list[int]) -> Iterator[float]:
+        """How likely each of the guesses is that are put into `draft`, if those before it are right."""
+        for token, chance in self._text.guesses():
+            if token in self._stops:
+                return
+            draft.append(token)
+            yield chance
 
     def _ask(self, drafter: Iterable[Guess], most: int) -> list[int]:
         """The drafter's guesses, until one is not worth its row."""
@@ -96,7 +101,7 @@ class Guesser:
         draft: list[int] = []
         for guess in drafter:
             asked += 1
-            if guess.token in self._stops or not self._drafts.pace.pays(self._odds, guess.probability):
+            if guess.token in self._stops or not self._pace.pays(self._odds, guess.probability):
                 break
             draft.append(guess.token)
             self._odds.append(guess.probability)
@@ -105,65 +110,15 @@ class Guesser:
         self._asked = asked, time.perf_counter() - start
         return draft
 
-    def end(self, last: Sequence[int]) -> None:
-        """The answer is over, with these tokens behind those that were guessed after."""
-        self._drafts.answers.append([*self._answer, *last][:KEPT_TOKENS])
-
-
-class Lookup:
-    """Where the last tokens stood before: the longest match, of those the latest."""
-
-    def __init__(self, ids: Sequence[int]) -> None:
-        self._ids: list[int] = []
-        self._last: dict[int, int] = {}  # two tokens -> where the second last stood
-        self._before: list[int] = []  # place -> the place before it with the same two tokens, or -1
-        self.extend(ids)
-
-    def extend(self, ids: Sequence[int]) -> None:
-        previous = self._ids[-1] if self._ids else -1
-        for token in ids:
-            place = len(self._ids)
-            pair = previous << 32 | token
-            self._before.append(self._last.get(pair, -1) if place else -1)
-            self._last[pair] = place
-            self._ids.append(token)
-            previous = token
-
-    def find(self) -> tuple[int, int]:
-        """(length of the match, place of the token that followed it); length 0: nothing matches."""
-        ids, best, follows = self._ids, 0, 0
-        end = len(ids) - 1
-        place = self._before[end] if ids else -1
-        for _ in range(MOST_PLACES):
-            if place < 0:
-                break
-            length = 2
-            while length < LONGEST_MATCH and length <= place and ids[place - length] == ids[end - length]:
-                length += 1
-            if length > best:
-                best, follows = length, place + 1
-            if best == LONGEST_MATCH:
-                break
-            place = self._before[place]
-        return best, follows
-
-    def after(self, place: int, count: int) -> list[int]:
-        """What stood from `place` on; a repetition goes on repeating."""
-        ids, size = self._ids, len(self._ids)
-        drafted: list[int] = []
-        for at in range(place, place + count):
-            drafted.append(ids[at] if at < size else drafted[at - size])
-        return drafted
-
 
 class Pace:
     """How many guesses to make, by what passes took and how many guesses were right.
 
-    Guesses after matches of about one length are right about equally often, r each: k of them are expected to
-    bring 1 + r + … + r^k tokens in the time of a pass of k + 1 rows. The k of most tokens a second is taken.
-    A drafter takes time besides, for each guess; the one that promises more tokens a second is asked. Its
-    guesses are right as often as others of about the probability that it gives them: one that is not worth
-    its row is left out, with all after it.
+    Guesses that are right with chances a, b, c … are expected to bring 1 + a + ab + abc + … tokens in the
+    time of a pass of so many rows and one. The number of most tokens a second is taken. A drafter takes time
+    besides, for each guess; the one that promises more tokens a second is asked. Its guesses are right as
+    often as others of about the probability that it gives them: one that is not worth its row is left out,
+    with all after it.
 
     Time lost, compared with one token at a time, stays under COST_SHARE: a pass needs credit for the case
     that every guess is wrong. COST_SHARE of all time is credited, and what right guesses save, but never more
@@ -173,6 +128,7 @@ class Pace:
     def __init__(self, longest: int) -> None:
         self.longest = longest
         self._times: list[deque[float]] = [deque(maxlen=RECENT) for _ in range(longest + 2)]  # by rows
+        self._idle = [0] * (longest + 2)  # passes since one of so many rows was timed, or forgotten
         self._seconds = [0.0] * (longest + 2)  # their medians; 0: not measured
         self._estimate = [0.0] * (longest + 2)  # the same without gaps
         kinds = DRAFTED + 1 + len(NOTICED_ODDS)
@@ -182,32 +138,27 @@ class Pace:
         self._credit_s = 0.0
         self._passes = -1  # with guesses, since one token was timed alone; -1: never
 
-    def choose(self, match: int, most: int) -> int:
-        """How many guesses to make after a match of `match` tokens, at most `most`."""
-        most = min(most, self.longest)
-        if not match or most < 1 or not 0 <= self._passes < PLAIN_EVERY:
+    def choose(self, chances: Iterable[float], most: int) -> int:
+        """How many guesses to make, at most `most`. chances: of each to be right after right ones."""
+        most = self._affordable(most)
+        if not most:
             return 0
-        self._estimate_all()
-        _, count = self._best(_KIND[match], most)
-        return self._affordable(count or self._tries_again)
+        _, count, found = self._best(chances, most)
+        return count or min(found, self._tries_again)
 
-    def choose_between(self, match: int, most: int) -> tuple[int, int]:
+    def choose_between(self, chances: Iterable[float], most: int) -> tuple[int, int]:
         """How many guesses to look up, and how many to ask a drafter for: one of them is 0."""
-        most = min(most, self.longest)
-        if most < 1 or not 0 <= self._passes < PLAIN_EVERY:
-            return 0, 0
-        self._estimate_all()
-        speed, looked_up = self._best(_KIND[match], most) if match else (0.0, 0)
-        each_s = self._drafting_s
-        other, drafted = self._best(DRAFTED, most, each_s)
+        looked_up = drafted = found = 0
+        speed = other = 0.0
+        if affordable := self._affordable(most):
+            speed, looked_up, found = self._best(chances, affordable)
+        if affordable := self._affordable(most, self._drafting_s):
+            rates = [self._rate(DRAFTED)] * affordable
+            other, drafted, _ = self._best(rates, affordable, self._drafting_s)
         if not looked_up and not drafted:
-            looked_up = self._tries_again if match else 0
-            drafted = 0 if looked_up else self._tries_again
-        elif looked_up and speed >= other:
-            drafted = 0
-        else:
-            looked_up = 0
-        return self._affordable(looked_up), self._affordable(drafted, each_s)
+            again = min(affordable, self._tries_again)
+            return (again, 0) if found else (0, again)
+        return (looked_up, 0) if looked_up and speed >= other else (0, drafted)
 
     def pays(self, odds: Sequence[float], next_odds: float) -> bool:
         """Whether a drafter's next guess is worth a row in a pass with those before it."""
@@ -221,9 +172,9 @@ class Pace:
         # With all credit at hand the first one is tried in any case: things may have changed.
         return (tokens + chance) * without >= tokens * with_it or (not odds and bool(self._tries_again))
 
-    def learn(self, match: int, drafted: int, right: int, seconds: float) -> None:
+    def learn(self, drafted: int, right: int, seconds: float) -> None:
         """A pass with `drafted` guesses, of which the first `right` were right, took so long."""
-        self._learn([[_KIND[match]]] * drafted, right, seconds)
+        self._learn([()] * drafted, right, seconds)
 
     def learn_drafted(
         self, odds: Sequence[float], right: int, seconds: float, asked: int, drafting_s: float
@@ -237,15 +188,18 @@ class Pace:
         drafted = len(kinds)
         times = self._times[drafted + 1]
         times.append(seconds)
+        self._idle[drafted + 1] = 0
         seconds = self._seconds[drafted + 1] = sorted(times)[len(times) // 2]
+        if drafted:
+            self._forget()
+        self._estimate_all()
         if not drafted:
             if self._passes < 0:  # the first of all
                 self._credit_s = seconds
-                self._estimate_all()
             self._passes = 0
         else:
             self._passes += 1
-            self._credit_s -= seconds - (right + 1) * self._seconds[1]
+            self._credit_s -= self._estimate[drafted + 1] - (right + 1) * self._seconds[1]
             for guess in range(min(right + 1, drafted)):
                 for kind in kinds[guess]:
                     self._right[kind] = self._right[kind] * FADING + (guess < right)
@@ -253,23 +207,34 @@ class Pace:
         most = self._most_credit_s
         self._credit_s = max(min(self._credit_s - more_s + COST_SHARE * seconds, most), -most)
 
-    def _best(self, kind: int, most: int, each_s: float = 0.0) -> tuple[float, int]:
-        """Tokens a second, and with how many guesses of this kind. each_s: what making one takes."""
-        rate = self._rate(kind)
-        best, chosen, chance, tokens = 1 / self._seconds[1], 0, 1.0, 1.0
-        for count in range(1, most + 1):
-            chance *= rate
+    def _forget(self) -> None:
+        """Times that may be untrue by now: while they keep guesses from being made, no others come."""
+        for rows in range(2, len(self._times)):
+            self._idle[rows] += 1
+            if self._idle[rows] > OUTDATED and (times := self._times[rows]):
+                times.popleft()
+                self._idle[rows] = 0
+                self._seconds[rows] = sorted(times)[len(times) // 2] if times else 0.0
+
+    def _best(self, chances: Iterable[float], most: int, each_s: float = 0.0) -> tuple[float, int, int]:
+        """(tokens a second, with how many guesses, how many there are). each_s: what making one takes."""
+        best, chosen, count, chance, tokens = 1 / self._seconds[1], 0, 0, 1.0, 1.0
+        for count, right in zip(range(1, most + 1), chances, strict=False):
+            chance *= right
             tokens += chance
             seconds = self._estimate[count + 1] + count * each_s
             if tokens > best * seconds:
                 best, chosen = tokens / seconds, count
-        return best, chosen
+            if chance < LEAST_CHANCE:
+                break
+        return best, chosen, count
 
-    def _affordable(self, count: int, each_s: float = 0.0) -> int:
-        """As many as there is credit for."""
-        while count and self._estimate[count + 1] + count * each_s - self._seconds[1] > self._credit_s:
+    def _affordable(self, most: int, each_s: float = 0.0) -> int:
+        """As many guesses as there is credit for; none until one token was timed."""
+        count = min(most, self.longest) if 0 <= self._passes < PLAIN_EVERY else 0
+        while count > 0 and self._estimate[count + 1] + count * each_s - self._seconds[1] > self._credit_s:
             count -= 1
-        return count
+        return max(count, 0)
 
     def _rate(self, kind: int) -> float:
         return self._right[kind] / self._tried[kind]
@@ -295,26 +260,33 @@ class Pace:
         return self._estimate[-1] + drafting_s - self._seconds[1]
 
     def _estimate_all(self) -> None:
-        """A line between two measured numbers of rows; beyond the last, what a row took on average."""
+        """Between what passes of so many rows took, and what another row usually takes.
+
+        Of the longest passes there are few, and one that was interrupted would rule them out for good.
+        """
         one = self._seconds[1]
-        rows, spent, slope = 1, one, FIRST_SLOPE * one
-        for count, seconds in enumerate(self._seconds):
-            if not seconds or not count:
-                continue
-            if count > rows:
-                slope = max((seconds - one) / (count - 1), 0.0)
-                for between in range(rows + 1, count):
-                    self._estimate[between] = spent + (seconds - spent) * (between - rows) / (count - rows)
-            self._estimate[count] = seconds
-            rows, spent = count, seconds
-        for beyond in range(rows + 1, len(self._estimate)):
-            self._estimate[beyond] = spent + slope * (beyond - rows)
+        slopes = []
+        for rows in range(2, len(self._times)):
+            if times := self._times[rows]:
+                slopes.append(((self._seconds[rows] - one) / (rows - 1), len(times)))
+        slope = _median(slopes or [(FIRST_SLOPE * one, 1)])
+        self._estimate[1] = one
+        for rows in range(2, len(self._times)):
+            usual, own = one + slope * (rows - 1), len(self._times[rows])
+            between = (own * self._seconds[rows] + DOUBT * usual) / (own + DOUBT)
+            self._estimate[rows] = max(between, self._estimate[rows - 1] + LEAST_SLOPE * one)
+
+
+def _median(weighted: Sequence[tuple[float, int]]) -> float:
+    """Of (value, weight)."""
+    half, so_far = sum(weight for _, weight in weighted) / 2, 0
+    for value, weight in sorted(weighted):
+        so_far += weight
+        if so_far >= half:
+            return value
+    raise ValueError("no values")
 
 
 def _kind_of(probability: float) -> int:
     """Where a drafter's guess of this probability is counted."""
     return DRAFTED + bisect.bisect_right(NOTICED_ODDS, probability)
-
-
-# Length of a match -> which of NOTICED_MATCHES it belongs to.
-_KIND = [sum(match >= least for least in NOTICED_MATCHES[1:]) for match in range(LONGEST_MATCH + 1)]
