@@ -1,13 +1,15 @@
 """What guessed tokens gain: speed and tokens a pass with and without, in turns, on sensor summaries.
 
 python bench/speculation.py BUNDLE [--speculate 8] [--prompts 20] [--repeats 3] [--threads N]
-    [--taught 0] [--wrong] [--replay BUNDLE]
+    [--taught 0] [--wrong] [--replay BUNDLE | --steps ROWS:STEPS ...]
 
 BUNDLE is the nano model's. Each window is summarised without and with guesses, in turns; answers are
 compared. Every repeat is of other windows and begins with nothing learned from answers, or from those to
 --taught windows more. --wrong makes every guess a wrong one: what guessing costs at worst, in answers full of
 matches. --replay has another bundle, of any model with as large a vocabulary, say what nano says: time at
-full size. Figures are medians over repeats of sums over all prompts.
+full size. --steps times nothing: nano's answers are gone through as if a pass of so many rows took so many
+steps of one token, those between in proportion, so the figures are the same on every machine. Figures are
+medians over repeats of sums over all prompts.
 
 Times as fast = tokens a pass / time of a pass with guesses, in steps of one token.
 """
@@ -28,6 +30,7 @@ from gemma_edge.examples.sensor_summary.prompt import summary_messages
 from gemma_edge.runtime import engine as runtime_engine
 from gemma_edge.runtime.bundle import Bundle, open_bundle
 from gemma_edge.runtime.chat import load_template
+from gemma_edge.runtime.drafts import Drafts
 from gemma_edge.runtime.engine import Engine
 from gemma_edge.runtime.lookup import Memory, Text
 from gemma_edge.runtime.sampler import SamplingParams
@@ -36,6 +39,8 @@ from gemma_edge.runtime.tokenizer import load_tokenizer
 
 SEED = 77_500_000
 TAUGHT = 77_600_000
+
+Said = list[tuple[list[int], list[int]]]  # prompts and their answers
 
 
 def prompts_of(bundle: Bundle, seed: int, count: int) -> list[list[int]]:
@@ -64,7 +69,58 @@ def answer(engine: Engine, prompt: list[int], params: SamplingParams) -> tuple[l
     return tokens, engine.last_stats
 
 
-def memory_of(answers: list[tuple[list[int], list[int]]]) -> Memory:
+def walk(drafts: Drafts, said: Said, eos: frozenset[int], steps: np.ndarray) -> dict[str, float]:
+    """As the engine would answer to these prompts, if a pass of r rows took steps[r - 1]."""
+    row = dict.fromkeys("tokens passes drafted accepted spent".split(), 0.0)
+    for prompt, tokens in said:
+        guesser = drafts.begin(prompt, eos)
+        at, last = 1, tokens[:1]
+        while at < len(tokens):
+            draft = guesser.guess(last, drafts.pace.longest)
+            right = 0
+            while right < min(len(draft), len(tokens) - at - 1) and draft[right] == tokens[at + right]:
+                right += 1
+            guesser.learn(len(draft), right, steps[len(draft)])
+            last = tokens[at : at + right + 1]
+            at += right + 1
+            for name, value in zip(row, (right + 1, 1, len(draft), right, steps[len(draft)]), strict=True):
+                row[name] += value
+        guesser.end(last)
+    return row
+
+
+def print_walks(args: argparse.Namespace, prompts: list[list[int]], taught: Said, plain: Engine) -> None:
+    """What guesses gain with pass times as given."""
+    given = {1: 1.0, **{int(rows): float(steps) for rows, steps in (pair.split(":") for pair in args.steps)}}
+    steps = np.interp(
+        np.arange(1, args.speculate + 2), sorted(given), [given[rows] for rows in sorted(given)]
+    )
+    said = [(prompt, [*answer(plain, prompt, SamplingParams())[0], min(plain.eos)]) for prompt in prompts]
+    rows = []
+    for repeat in range(args.repeats):
+        drafts = Drafts(args.speculate)
+        drafts.memory = memory_of(taught)
+        row = walk(drafts, said[repeat * args.prompts :][: args.prompts], plain.eos, steps)
+        rows.append(row)
+        print(
+            f"{row['tokens']:.0f} tokens in {row['passes']:.0f} passes, {row['accepted']:.0f} of "
+            f"{row['drafted']:.0f} right; {row['tokens'] / row['spent']:.2f} times"
+        )
+    print_json(
+        {
+            "bench": "speculation",
+            "steps": [round(value, 3) for value in steps.tolist()],
+            "prompts": args.prompts,
+            "taught": args.taught,
+            "tokens_per_pass": round(median([row["tokens"] / row["passes"] for row in rows]), 3),
+            "accepted_share": round(median([row["accepted"] / max(row["drafted"], 1) for row in rows]), 3),
+            "pass_steps": round(median([row["spent"] / row["passes"] for row in rows]), 3),
+            "ratio": round(median([row["tokens"] / row["spent"] for row in rows]), 3),
+        }
+    )
+
+
+def memory_of(answers: Said) -> Memory:
     """What a guesser has learned from these prompts and answers."""
     memory = Memory()
     for prompt, tokens in answers:
@@ -82,6 +138,7 @@ def main() -> None:
     parser.add_argument("--taught", type=int, default=0, metavar="WINDOWS")
     parser.add_argument("--wrong", action="store_true")
     parser.add_argument("--replay", type=Path, metavar="BUNDLE")
+    parser.add_argument("--steps", nargs="+", metavar="ROWS:STEPS")
     args = parser.parse_args()
 
     about = machine()
@@ -102,6 +159,9 @@ def main() -> None:
         (prompt, [*answer(plain, prompt, params)[0], stop])
         for prompt in prompts_of(bundle, TAUGHT, args.taught)
     ]
+    if args.steps:
+        print_walks(args, prompts, taught, plain)
+        return
     if args.replay is not None:
         said = {tuple(prompt): answer(plain, prompt, params)[0] for prompt in prompts}
         bundle, stops = open_bundle(args.replay), plain.eos

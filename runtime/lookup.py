@@ -5,8 +5,8 @@ are asked for the next token, each of which can be right where the others know n
 
     said     what followed the last tokens before, in this answer and in earlier ones
     copied   the prompt's next token, while the answer copies from it
-    jump     where copying begins: earlier answers, after the same last tokens, copied what stood behind certain
-             tokens in their prompts; what stands behind these in this one
+    jump     where copying begins: earlier answers, after the same last tokens, copied what stood behind
+             certain tokens in their prompts; what stands behind these in this one
     resumed  where copying ends: how earlier answers went on when the prompt's next token was this one
 
 How often each was right, alone, with or against the others, is counted with every token of every answer,

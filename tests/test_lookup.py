@@ -1,4 +1,4 @@
-"""What guesses come from: phrases said before, names copied from the prompt, where copying starts and ends."""
+"""What guesses come from: phrases said before, names from the prompt, where copying starts and ends."""
 
 from __future__ import annotations
 
