@@ -31,6 +31,7 @@ def make(
     import msgspec
     import onnx_ir as ir
 
+    from gemma_edge.export import genai
     from gemma_edge.export.attach import attach
     from gemma_edge.export.decode_step import write_decode_step
     from gemma_edge.export.fused import fused_layers
@@ -40,6 +41,8 @@ def make(
     from gemma_edge.export.sizes import model_of
     from gemma_edge.export.store import DataFile, StoredWeight, reserve
     from gemma_edge.export.trace import trace_cuda_decoder, trace_decoder, trace_embeddings
+    from gemma_edge.runtime import genai_files
+    from gemma_edge.runtime.bundle import Tokens
     from gemma_edge.runtime.profile import load_profile
 
     profile, recipe, model = load_profile(device), load_recipe(recipe_name), model_of(model_name)
@@ -98,18 +101,21 @@ def make(
                     value=scale,
                 )
             )
-    graphs = {"embeddings.onnx": trace_embeddings(model)}
+    graphs = {
+        "embeddings.onnx": trace_embeddings(model),
+        "decoder.onnx": trace_decoder(model, plan.caches, inner_type(profile)),
+    }
     if profile.execution_provider == "cuda":
         graphs["decoder_cuda.onnx"] = trace_cuda_decoder(model, plan.caches, inner_type(profile), together)
         write_pickers(out, model.geometry.vocab_size)
-    else:
-        graphs["decoder.onnx"] = trace_decoder(model, plan.caches, inner_type(profile))
     for name, traced in graphs.items():
         graph = attach(traced, stored, Checkpoint(), files[DECODER_DATA], head=plan.head, recipe=recipe)  # type: ignore[arg-type]
         ir.save(graph, out / name)
         if name == "decoder_cuda.onnx":
             write_decode_step(out, model, graph, Checkpoint(), plan.head)  # type: ignore[arg-type]
     constants.close()
+    genai.write_text_graph(out / "embeddings.onnx", out / "decoder.onnx", out / genai_files.TEXT)
+    genai.write_genai_config(out / genai_files.CONFIG, model, plan.caches, Tokens(bos=2, pad=0, eos=(1,)))
     sizes = {name: file._end for name, file in files.items()}
     manifest = _manifest(model, profile, recipe, plan)
     (out / REGIONS).write_text(json.dumps(dict(sizes=sizes, regions=regions, manifest=manifest)))
@@ -149,8 +155,9 @@ def fill(skeleton: Path, out: Path) -> None:
     start = time.perf_counter()
     out.mkdir(parents=True)
     described = json.loads((skeleton / REGIONS).read_text())
-    for path in (*skeleton.glob("*.onnx"), *skeleton.glob("decode_step.*")):
-        shutil.copyfile(path, out / path.name)
+    for path in skeleton.iterdir():
+        if path.name not in (REGIONS, CONSTANTS):
+            shutil.copyfile(path, out / path.name)
     random = np.random.default_rng(0)
     tile = random.integers(0, 256, TILE_BYTES, np.uint8)
     normal = random.standard_normal(TILE_BYTES // 4, np.float32)

@@ -1,7 +1,7 @@
 """Describes a decode step for the runtime's own CUDA kernels: runtime/gpu/plan.py says what is in it.
 
-The weights are those of decoder_cuda.onnx, where they lie. A model or recipe that the kernels do not know gets
-no description, and the reason is returned: its steps are then run on the graph.
+The weights are those of decoder_cuda.onnx, where they lie. A model or recipe that the kernels do not know
+gets no description, and the reason is returned: its steps are then run on the graph.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _products(graph: ir.Model) -> dict[str, Product]:
         found[weights.name.removesuffix(".blocks")] = Product(
             rows=node.attributes["N"].as_int(),
             width=node.attributes["K"].as_int(),
-            bits=bits,  # type: ignore[arg-type]
+            bits=bits,
             block=block,
             weights=_region(weights.const_value),
             scales=_region(scales.const_value),

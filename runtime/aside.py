@@ -1,4 +1,4 @@
-"""Folders and files that are written aside: one takes its name when it is whole and synced, and vanishes otherwise.
+"""Folders and files written aside: one takes its name when it is whole and synced, and vanishes otherwise.
 
 Also SIGTERM as Ctrl-C, so that whoever writes one gets to remove what is unfinished.
 """

@@ -88,7 +88,9 @@ class CudaSession:
         kernels = _kernels(bundle, settings)
         self._captures = settings.capture and settings.device == DEVICE
         # Weights that both kinds of kernels read are in the GPU's memory once.
-        self._weights = {} if kernels is None else _load_weights(kernels[0], settings.device)
+        self._held = {} if kernels is None else _load_weights(kernels[0], settings.device)
+        # ONNX Runtime shares only what it does not own: views.
+        self._weights = {name: ort.OrtValue.from_dlpack(value) for name, value in self._held.items()}
         steps_captured = self._captures and kernels is None
         self.decoder = self._open(bundle.cuda_decoder, settings, captures=steps_captured)
         self.caches = KvCaches(manifest.caches, settings.device, window=self._window)
@@ -346,6 +348,8 @@ def _kernels(bundle: Bundle, settings: CudaSettings) -> tuple[StepFiles, Device]
     if settings.device != DEVICE:
         return None
     try:
+        if not hasattr(ort.OrtValue, "from_dlpack"):
+            raise Unavailable(f"onnxruntime {ort.__version__} cannot share weights; 1.31 can")
         return files, Gpu()
     except Unavailable as reason:
         log.warning("decode steps run on ONNX Runtime's kernels, at about half the speed: %s", reason)

@@ -1,4 +1,4 @@
-"""Our own CUDA kernels without a GPU: their source, run on the CPU by an emulator of blocks, warps and barriers.
+"""Our own CUDA kernels without a GPU: their source, run on a CPU by an emulator of blocks and warps.
 
 What needs a GPU (races, speed, the driver) is left to `make test-cuda`; NVRTC compiles them here for the GPUs
 that we name.
@@ -169,7 +169,7 @@ class Settings:
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_products_equal_numpy(compiled: Path, data: st.DataObject) -> None:
-    """Any bits, blocks, rows, widths and grids, activations that float16 cannot hold; norm and sum before them."""
+    """Any bits, blocks, rows, widths and grids; activations that float16 cannot hold."""
     bits = data.draw(st.sampled_from([2, 4, 8]))
     block = data.draw(st.sampled_from([32, 64, 128]))
     rows, width = data.draw(st.integers(1, 40)), 16 * data.draw(st.sampled_from([1, 5, 32, 40, 96]))

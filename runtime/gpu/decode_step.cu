@@ -1,4 +1,4 @@
-// The kernels of one decode step: a single row through a Gemma 4 text model, some 270 launches for E2B.
+// The kernels of one decode step: a single row through a Gemma 4 text model, 250 launches for E2B.
 //
 // A step is bound by the weights' bytes and by the number of kernels, so that everything between two products is
 // part of a product: the norm before it (each block computes it, it is a few kilobytes), the residual sum, the

@@ -1,4 +1,4 @@
-"""The GPU as `step` wants it, by NVIDIA's cuda.core: kernels compiled for it at the first start, then kept."""
+"""The GPU as `step` wants it, by NVIDIA's cuda.core: kernels are compiled for it once, and kept."""
 
 from __future__ import annotations
 

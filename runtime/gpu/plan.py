@@ -1,7 +1,8 @@
 """What a decode step by our own kernels needs to know: layers, products, and where their weights lie.
 
-`decode_step.json` is written by the exporter from decoder_cuda.onnx, whose data file holds the weights; vectors
-that the graph holds inline or in another type (norm weights, small rotary tables) are in `decode_step.npz`.
+`decode_step.json` is written by the exporter from decoder_cuda.onnx, whose data file holds the weights;
+vectors that the graph holds inline or in another type (norm weights, small rotary tables) are in
+`decode_step.npz`.
 """
 
 from __future__ import annotations

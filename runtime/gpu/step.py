@@ -1,6 +1,6 @@
 """One decode step as a list of kernel launches, recorded once and replayed for every token.
 
-    position and rows of the embedding tables (pinned memory) -> copied -> some 270 kernels -> logits, id (pinned)
+    position, rows of the embedding tables (pinned memory) -> copied -> kernels -> logits, id (pinned memory)
 
 Between the products nothing is left but attention: `decode_step.cu` says what a product takes in with it.
 """
@@ -75,7 +75,7 @@ class Device(Protocol):
     def record(
         self, copy: tuple[Memory, Pinned], launches: Sequence[Launch], *, capture: bool = True
     ) -> Callable[[], None]:
-        """What copies, runs the launches in order, and returns when all is done. capture: as one CUDA graph."""
+        """What copies, runs the launches in order and waits for them. capture: as one CUDA graph."""
         ...
 
 

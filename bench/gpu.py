@@ -1,6 +1,6 @@
 """Speed of a bundle on CUDA: decode with and without captured steps, prefill, kernels, gaps, bandwidth.
 
-    python bench/random_bundle.py fill SKELETON /tmp/e2b && python bench/cuda.py /tmp/e2b [--json OUT.json]
+    python bench/random_bundle.py fill SKELETON /tmp/e2b && python bench/gpu.py /tmp/e2b [--json OUT.json]
 
 Greedy decoding after a prompt; times are medians over steps and hold everything from id to id: rows looked up
 on the CPU, copies, the decoder, the pick on the GPU. Each variant (how attention and products are computed)
