@@ -98,10 +98,7 @@ CUDA_PLATFORMS = [platform for platform in PLATFORMS if platform.python == "3.12
 def would_install(platform: Platform, *extras: str) -> dict[str, str]:
     """What pip would install there, wheels only: name -> version. Asks the package index."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    needs = [
-        *project["dependencies"],
-        *(need for extra in extras for need in project["optional-dependencies"][extra]),
-    ]
+    needs = [*project["dependencies"], *needs_of(project["optional-dependencies"], *extras)]
     where = [f"--platform={tag}" for tag in platform.tags]
     where += [f"--python-version={platform.python}", "--implementation=cp", "--only-binary=:all:"]
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--dry-run"]
@@ -119,6 +116,15 @@ def would_install(platform: Platform, *extras: str) -> dict[str, str]:
     }
 
 
+def needs_of(optional: dict[str, list[str]], *extras: str) -> list[str]:
+    """The packages of some extras, and of the extras that these name."""
+    needs = []
+    for need in (need for extra in extras for need in optional[extra]):
+        own = need.startswith("gemma-edge[")
+        needs += needs_of(optional, *need[len("gemma-edge[") : -1].split(",")) if own else [need]
+    return needs
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("platform", PLATFORMS, ids=str)
 def test_every_device_has_wheels(platform: Platform):
@@ -134,4 +140,4 @@ def test_every_device_has_wheels(platform: Platform):
 def test_cuda_brings_its_onnxruntime_alone(platform: Platform):
     found = would_install(platform, "cuda", "http", "audio")
     assert "onnxruntime-gpu" in found and "onnxruntime" not in found
-    assert {"nvidia-cuda-runtime", "nvidia-cudnn-cu13"} <= set(found)
+    assert {"nvidia-cuda-runtime", "nvidia-cudnn-cu13", "cuda-core", "nvidia-cuda-nvrtc"} <= set(found)
