@@ -29,7 +29,7 @@ from .cache import KvCaches
 from .errors import BundleError
 from .gpu.device import Gpu, Unavailable
 from .gpu.plan import StepFiles, read_step
-from .gpu.step import DecodeStep, Device
+from .gpu.step import DecodeStep, Device, Memory
 from .machine import usable_cpus
 from .pieces import pieces
 from .prompt import Heard
@@ -88,9 +88,8 @@ class CudaSession:
         kernels = _kernels(bundle, settings)
         self._captures = settings.capture and settings.device == DEVICE
         # Weights that both kinds of kernels read are in the GPU's memory once.
-        self._held = {} if kernels is None else _load_weights(kernels[0], settings.device)
-        # ONNX Runtime shares only what it does not own: views.
-        self._weights = {name: ort.OrtValue.from_dlpack(value) for name, value in self._held.items()}
+        self._held = {} if kernels is None else _load_weights(*kernels)
+        self._weights = {name: view for name, (_, view) in self._held.items()}
         steps_captured = self._captures and kernels is None
         self.decoder = self._open(bundle.cuda_decoder, settings, captures=steps_captured)
         self.caches = KvCaches(manifest.caches, settings.device, window=self._window)
@@ -215,7 +214,7 @@ class CudaSession:
         own = DecodeStep(
             files,
             device,
-            initializers={name: value.data_ptr() for name, value in self._weights.items()},
+            initializers={name: memory.pointer for name, (memory, _) in self._held.items()},
             caches={name: value.data_ptr() for name, value in self.caches.values.items()},
             logits=self._logits.data_ptr(),
             window=self._window,
@@ -356,12 +355,17 @@ def _kernels(bundle: Bundle, settings: CudaSettings) -> tuple[StepFiles, Device]
         return None
 
 
-def _load_weights(files: StepFiles, device: str) -> dict[str, ort.OrtValue]:
-    """All regions of a plan, on the device, by the names of the graph's initializers."""
-    return {
-        region.name: ort.OrtValue.ortvalue_from_numpy(np.asarray(files.read(region)), device, 0)
-        for region in files.plan.regions()
-    }
+def _load_weights(files: StepFiles, device: Device) -> dict[str, tuple[Memory, ort.OrtValue]]:
+    """All regions of a plan, on the device, by the names of the graph's initializers, and views of them.
+
+    ONNX Runtime shares what it does not own; what it allocates itself, it allocates in powers of two.
+    """
+    held: dict[str, tuple[Memory, ort.OrtValue]] = {}
+    for region in files.plan.regions():
+        memory = device.array(files.read(region))
+        view = ort.OrtValue.from_dlpack(memory.exported(region.dtype, region.shape))
+        held[region.name] = memory, view
+    return held
 
 
 def bounds_up_to(context: int) -> tuple[int, ...]:

@@ -38,6 +38,11 @@ class _Held:
         self.buffer = buffer
         self.pointer = int(buffer.handle)
 
+    def exported(self, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> Any:
+        from cuda.core.utils import StridedMemoryView
+
+        return StridedMemoryView.from_buffer(self.buffer, shape, dtype=np.dtype(dtype))
+
 
 class _PinnedHeld(_Held):
     def __init__(self, buffer: Any) -> None:

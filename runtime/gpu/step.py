@@ -42,6 +42,10 @@ class Memory(Protocol):
     @property
     def pointer(self) -> int: ...
 
+    def exported(self, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> Any:
+        """What speaks DLPack for these bytes."""
+        ...
+
 
 class Pinned(Memory, Protocol):
     """Memory of the host that the device reads and writes."""

@@ -28,6 +28,9 @@ class Held:
         self.bytes[:] = np.ascontiguousarray(values).view(np.uint8).reshape(-1)
         self.pointer = self.bytes.ctypes.data
 
+    def exported(self, dtype: np.typing.DTypeLike, shape: tuple[int, ...]) -> np.ndarray:
+        return self.bytes.view(dtype).reshape(shape)
+
 
 class Emulator:
     """multiprocessors: of the GPU that it pretends to be."""
