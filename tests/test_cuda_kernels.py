@@ -102,6 +102,7 @@ def test_steps_equal_transformers(described: tuple[Path, Any], compiled: Path) -
     assert figures["positions"] == STEPS
 
 
+@pytest.mark.slow  # an export each
 @pytest.mark.parametrize("name", list(SHAPES))
 def test_steps_of_other_models(name: str, tmp_path: Path, compiled: Path) -> None:
     case = SHAPES[name]
@@ -124,14 +125,18 @@ def test_two_bits_and_large_heads(tmp_path: Path, compiled: Path) -> None:
 
 
 def assert_equal_to_the_graph(bundle: Path, compiled: Path) -> None:
-    ids = np.random.default_rng(3).integers(3, 500, TEXT)
-    want = run(CudaSession(open_bundle(bundle), settings=CudaSettings(device="cpu")), ids)
-    got = run(open_emulated(bundle, compiled), ids)
+    """Steps across the window, then a prompt that goes on from the caches as the steps left them."""
+    ids = np.random.default_rng(3).integers(3, 500, TEXT + 5)
+    want, got = {}, {}
+    graph = CudaSession(open_bundle(bundle), settings=CudaSettings(device="cpu"))
+    for session, found in ((graph, want), (open_emulated(bundle, compiled), got)):
+        found |= run(session, ids[:TEXT])
+        session.prefill(ids[TEXT:], TEXT, last=True)
+        found[len(ids) - 1] = session.logits.copy()
     for position, logits in got.items():
         error = np.sqrt(np.mean((logits - want[position]) ** 2))
-        assert error < 0.03 * want[position].std(), (
-            f"{error} at {position}"
-        )  # float16 both, rounded elsewhere
+        # Both are of float16, rounded in other places.
+        assert error < 0.03 * want[position].std(), f"{error} at {position}"
 
 
 class Bench:
