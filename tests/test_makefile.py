@@ -241,6 +241,9 @@ def test_torch_that_is_there_is_left_alone_and_an_index_is_obeyed(tmp_path: Path
     assert (tmp_path / "pip").read_text().endswith("--index-url https://x/y torch==1.2.3\n")
 
 
+FOR_TESTS = ["curl", "python3", "mosquitto", "mosquitto_pub", "openssl", "g++"]
+
+
 def ci(tmp_path: Path, commands: list[str]) -> tuple[subprocess.CompletedProcess[str], list[str]]:
     """Run .ci/run where only `commands` exist, all of them stand-ins; also what those were told."""
     bin_folder = tmp_path / "bin"
@@ -264,12 +267,12 @@ def ci(tmp_path: Path, commands: list[str]) -> tuple[subprocess.CompletedProcess
 
 
 def test_ci_touches_no_packages_where_all_is_there(tmp_path: Path) -> None:
-    _, log = ci(tmp_path, ["git", "curl", "python3", "mosquitto", "mosquitto_pub", "openssl"])
+    _, log = ci(tmp_path, ["git", *FOR_TESTS])
     assert log == ["make test"]
 
 
 def test_ci_installs_exactly_what_is_missing(tmp_path: Path) -> None:
-    done, log = ci(tmp_path, ["curl", "python3", "mosquitto", "mosquitto_pub", "openssl"])
+    done, log = ci(tmp_path, FOR_TESTS)
     assert "installing: git" in done.stdout
     assert log[0].startswith("apt-get update")
     assert log[1].endswith("--no-install-recommends git")
