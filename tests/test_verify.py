@@ -71,7 +71,8 @@ def assert_is_the_whole_model(weights: SourceWeights, model: Gemma4ForCausalLM) 
             whole = model(torch.tensor([text]), output_hidden_states=True)
         torch.testing.assert_close(logits[number], whole.logits[0], rtol=0, atol=1e-5)
         for layer, expected in enumerate(whole.hidden_states[1:-1]):  # the last one is after the norm
-            assert torch.equal(states[number, layer], expected[0])
+            # Equal to the last bit with AVX-512; AVX2's products of fewer rows round in another order.
+            torch.testing.assert_close(states[number, layer], expected[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", list(MODELS))
