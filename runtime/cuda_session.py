@@ -351,7 +351,7 @@ def _kernels(bundle: Bundle, settings: CudaSettings) -> tuple[StepFiles, Device]
             raise Unavailable(f"onnxruntime {ort.__version__} cannot share weights; 1.31 can")
         return files, Gpu()
     except Unavailable as reason:
-        log.warning("decode steps run on ONNX Runtime's kernels, at about half the speed: %s", reason)
+        log.warning("decode steps run on ONNX Runtime's kernels, which are slower: %s", reason)
         return None
 
 

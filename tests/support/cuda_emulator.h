@@ -27,6 +27,17 @@ alignas(16) static unsigned char emulated_shared[256 << 10];
 struct alignas(8) Words2 { uint32_t x, y; };
 struct alignas(16) Words4 { uint32_t x, y, z, w; };
 
+inline uint32_t __float_as_uint(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
 namespace emulated {
 enum State { READY, AT_WARP, AT_BLOCK, DONE };
 struct Fiber {
@@ -104,14 +115,10 @@ inline float half(uint16_t bits) {
         float value = std::ldexp((float)mantissa, -24);
         return sign ? -value : value;
     }
-    float value;
-    std::memcpy(&value, &out, 4);
-    return value;
+    return __uint_as_float(out);
 }
 inline uint16_t bits_of(float value) {
-    uint32_t in;
-    std::memcpy(&in, &value, 4);
-    uint16_t sign = in >> 16 & 0x8000;
+    uint16_t sign = __float_as_uint(value) >> 16 & 0x8000;
     float size = std::fabs(value);
     if (std::isnan(value)) return sign | 0x7e00;
     if (size >= 65520.0f) return sign | 0x7c00;
@@ -166,16 +173,6 @@ template <typename T> T atomicAdd(T* at, T value) {
     return before;
 }
 template <typename T> T __ldcg(const T* at) { return *at; }
-inline uint32_t __float_as_uint(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    return bits;
-}
-inline float __uint_as_float(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 
 template <typename... A, size_t... I>
