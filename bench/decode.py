@@ -11,6 +11,7 @@ bandwidth (bench/operators.py, which needs the onnx package).
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--prepared", type=Path, metavar="DIR", help="packed weights (`gemma-edge prepare`)")
     parser.add_argument("--no-tables", action="store_true", help="no steps by operator")
     parser.add_argument("--bandwidth", type=float, metavar="GB_S", help="of memory, if it is known already")
     parser.add_argument("--temperature", type=float, default=0.0)
@@ -127,7 +129,7 @@ def main() -> None:
     about = machine()
     print_machine(about)
     start = time.perf_counter()
-    bundle = open_bundle(args.bundle)
+    bundle = dataclasses.replace(open_bundle(args.bundle), prepared=args.prepared)
     engine = Engine(bundle, threads=args.threads)
     load_s = time.perf_counter() - start
     engine.eos = frozenset()  # a random prompt may stop at once

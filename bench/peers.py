@@ -15,6 +15,9 @@ DIR takes what the peers need, for E2B 3 GB and with LiteRT-LM 16, and is used a
 - LiteRT-LM, from PyPI, in an environment of its own, with the models of it that are there. Before, once:
   `python bench/peer_litert.py DIR/checkpoint --work DIR`; without, it is left out, which is said.
 
+Ours run twice: with the bundle's own weights, and ("packed") with the weights packed for this processor in a
+file beside it, as `gemma-edge prepare` does once (here in DIR) and LiteRT-LM by itself.
+
 In each round every program runs once, one after the other, with the same number of threads: a prompt of 128
 and one of 1,024 tokens, then 64 tokens after no context and after 1,024. Before each round the read bandwidth
 of as many threads is measured. Printed are medians and ratios, ours to each peer's, and how much of the
@@ -27,6 +30,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +47,10 @@ from common import (
 
 from gemma_edge.export.sizes import model_of
 from gemma_edge.runtime.bundle import open_bundle
+from gemma_edge.runtime.prepared import make, misfit
 
 LLAMA = "llama.cpp"
+PACKED = ", packed"  # after a bundle's name
 PROMPTS, DEPTHS, NEW = [128, 1024], [0, 1024], 64
 
 Figures = dict[str, Any]  # "prefill", "decode": tokens -> tokens a second; "peak_bytes": one number
@@ -75,7 +81,8 @@ def main() -> int:
             rounds[name].append(run())
             print(f"round {number + 1}, {name}: {_line(rounds[name][-1])}", flush=True)
     medians = {name: _medians(found) for name, found in rounds.items()}
-    result = compare(medians, {path.name: path for path in args.bundles}, median(bandwidths))
+    bundles = {f"{path.name}{form}": path for path in args.bundles for form in ("", PACKED)}
+    result = compare(medians, bundles, median(bandwidths))
     report(medians, result, bandwidths, args)
     print_json(
         {"bench": "peers", "threads": args.threads, "amx": not args.no_amx, **result, "machine": about}
@@ -91,14 +98,19 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
     shape = model_of(args.model)
     runners: dict[str, Any] = {}
     for path in args.bundles:
-        geometry = open_bundle(path).manifest.geometry
-        if geometry != shape.geometry:
+        bundle = open_bundle(path)
+        if bundle.manifest.geometry != shape.geometry:
             raise SystemExit(
                 f"{path} does not have the shape of {args.model}; export one or name it with --model"
             )
         if path.name in runners:
             raise SystemExit(f"{path}: there is a bundle of that name already; results go by name")
-        runners[path.name] = lambda path=path: run_ours(path, args.threads)
+        packed = args.work / f"{path.name}-packed"
+        if misfit(bundle, packed) is not None:
+            print(f"packing the weights of {path} into {packed}")
+            make(bundle, packed)
+        runners[path.name] = partial(run_ours, path, args.threads)
+        runners[f"{path.name}{PACKED}"] = partial(run_ours, path, args.threads, packed)
     program = peer_llama.build(args.work, amx=not args.no_amx)
     model = args.work / f"{Path(args.model).stem}-q4_0.gguf"
     peer_llama.write_model(model, shape, peer_llama.fetch(args.work))
@@ -120,12 +132,13 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
     return runners
 
 
-def run_ours(bundle: Path, threads: int) -> Figures:
+def run_ours(bundle: Path, threads: int, packed: Path | None = None) -> Figures:
     """bench/decode.py in a process of its own; a prompt of one token stands for no context."""
     script = Path(__file__).with_name("decode.py")
     prompts = [str(tokens) for tokens in (1, *PROMPTS)]
     command = [sys.executable, str(script), str(bundle), "--no-tables", "--threads", str(threads)]
     # Its own measurement of the bandwidth would be in the peak of memory; the share is worked out here.
+    command += ["--prepared", str(packed)] if packed else []
     command += ["--bandwidth", "1", "--new-tokens", str(NEW), "--repeats", "1", "--prompt-tokens", *prompts]
     out, peak_bytes = measured_process(command)
     rows = {row["prompt_tokens"]: row for row in json.loads(out.splitlines()[-1])["rows"]}

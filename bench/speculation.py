@@ -6,10 +6,11 @@ python bench/speculation.py BUNDLE [--speculate 8] [--prompts 20] [--repeats 3] 
 BUNDLE is the nano model's. Each window is summarised without and with guesses, in turns; answers are
 compared. Every repeat is of other windows and begins with nothing learned from answers, or from those to
 --taught windows more. --wrong makes every guess a wrong one: what guessing costs at worst, in answers full of
-matches. --replay has another bundle, of any model with as large a vocabulary, say what nano says: time at
-full size. --steps times nothing: nano's answers are gone through as if a pass of so many rows took so many
-steps of one token, those between in proportion, so the figures are the same on every machine. Figures are
-medians over repeats of sums over all prompts.
+matches. That is a few hundredths, so two engines answer at the same time, some tokens each in turns, and
+change places after every answer. --replay has another bundle, of any model with as large a vocabulary, say
+what nano says: time at full size. --steps times nothing: nano's answers are gone through as if a pass of so
+many rows took so many steps of one token, those between in proportion, so the figures are the same on every
+machine. Figures are medians over repeats of sums over all prompts.
 
 Times as fast = tokens a pass / time of a pass with guesses, in steps of one token.
 """
@@ -18,7 +19,9 @@ from __future__ import annotations
 
 import argparse
 import random
+import time
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,9 @@ from gemma_edge.runtime.tokenizer import load_tokenizer
 
 SEED = 77_500_000
 TAUGHT = 77_600_000
+
+TURN = 16  # tokens; a turn is 40 ms of nano
+NO_SLACK = "{}: its sliding caches have no slack; export it for another device"
 
 Said = list[tuple[list[int], list[int]]]  # prompts and their answers
 
@@ -69,6 +75,66 @@ def answer(engine: Engine, prompt: list[int], params: SamplingParams) -> tuple[l
     return tokens, engine.last_stats
 
 
+def time_wrong(bundle: Bundle, args: argparse.Namespace, prompts: list[list[int]]) -> dict[str, Any]:
+    """Speed with guesses that are all wrong, beside the speed without."""
+    right = Text.guesses
+    Text.guesses = lambda text: ((token ^ 1, chance) for token, chance in right(text))  # type: ignore[method-assign]
+    pair = [Engine(bundle, threads=args.threads, speculate=args.speculate) for _ in range(2)]
+    drafts, params = pair[0]._drafts, SamplingParams()
+    if drafts is None:
+        raise SystemExit(NO_SLACK.format(args.bundle))
+    for engine in pair:
+        engine._drafts = None
+        answer(engine, prompts[0], params)
+    rows: list[dict[str, float]] = []
+    for repeat in range(args.repeats):
+        row = dict.fromkeys(("tokens", "drafted", "guessing_s", "plain_s"), 0.0)
+        for number, prompt in enumerate(prompts[repeat * args.prompts :][: args.prompts]):
+            guessing, plain = pair if number % 2 else pair[::-1]
+            guessing._drafts, plain._drafts = drafts, None
+            going = {
+                name: engine.generate(prompt, params, max_new_tokens=300)
+                for name, engine in (("guessing_s", guessing), ("plain_s", plain))
+            }
+            for tokens in going.values():
+                next(tokens)  # after the prompt
+            turn = 0
+            while going:
+                turn += 1
+                for name in sorted(going, reverse=turn % 2 == 0):
+                    start = time.perf_counter()
+                    said = list(islice(going[name], TURN))
+                    row[name] += time.perf_counter() - start
+                    if len(said) < TURN:
+                        del going[name]
+            stats = [engine.last_stats for engine in pair]
+            assert stats[0] is not None and stats[1] is not None
+            assert stats[0].new_tokens == stats[1].new_tokens and not sum(each.accepted for each in stats)
+            row["tokens"] += stats[0].new_tokens - 1
+            row["drafted"] += sum(each.drafted for each in stats)
+        rows.append(row)
+        print(
+            f"{row['tokens']:.0f} tokens, {row['drafted']:.0f} wrong guesses: "
+            f"{row['tokens'] / row['guessing_s']:.1f} tok/s, "
+            f"{row['tokens'] / row['plain_s']:.1f} without them: "
+            f"{row['plain_s'] / row['guessing_s']:.3f} times",
+            flush=True,
+        )
+    return {
+        "bench": "speculation",
+        "bundle": bundle.name,
+        "recipe": bundle.manifest.recipe,
+        "threads": pair[0]._session.threads,
+        "longest_draft": drafts.pace.longest,
+        "all_wrong": True,
+        "drafted_share": round(median([row["drafted"] / row["tokens"] for row in rows]), 4),
+        "plain_tok_s": round(median([row["tokens"] / row["plain_s"] for row in rows]), 1),
+        "guessing_tok_s": round(median([row["tokens"] / row["guessing_s"] for row in rows]), 1),
+        "ratio": round(median([row["plain_s"] / row["guessing_s"] for row in rows]), 3),
+        "machine": machine(),
+    }
+
+
 def walk(drafts: Drafts, said: Said, eos: frozenset[int], steps: np.ndarray) -> dict[str, float]:
     """As the engine would answer to these prompts, if a pass of r rows took steps[r - 1]."""
     row = dict.fromkeys("tokens passes drafted accepted spent".split(), 0.0)
@@ -76,7 +142,8 @@ def walk(drafts: Drafts, said: Said, eos: frozenset[int], steps: np.ndarray) -> 
         guesser = drafts.begin(prompt, eos)
         at, last = 1, tokens[:1]
         while at < len(tokens):
-            draft = guesser.guess(last, drafts.pace.longest)
+            guesser.extend(last)
+            draft = guesser.guess(drafts.pace.longest) if guesser.may_guess else []
             right = 0
             while right < min(len(draft), len(tokens) - at - 1) and draft[right] == tokens[at + right]:
                 right += 1
@@ -85,7 +152,8 @@ def walk(drafts: Drafts, said: Said, eos: frozenset[int], steps: np.ndarray) -> 
             at += right + 1
             for name, value in zip(row, (right + 1, 1, len(draft), right, steps[len(draft)]), strict=True):
                 row[name] += value
-        guesser.end(last)
+        guesser.extend(last)
+        guesser.end()
     return row
 
 
@@ -144,16 +212,16 @@ def main() -> None:
     about = machine()
     print_machine(about)
     bundle = open_bundle(args.bundle)
+    prompts = prompts_of(bundle, SEED, args.prompts * args.repeats)
+    if args.wrong:
+        print_json(time_wrong(bundle, args, prompts))
+        return
     plain = Engine(bundle, threads=args.threads)
     guessing = Engine(bundle, threads=args.threads, speculate=args.speculate)
     drafts = guessing._drafts
     if drafts is None:
-        raise SystemExit(f"{args.bundle}: its sliding caches have no slack; export it for another device")
+        raise SystemExit(NO_SLACK.format(args.bundle))
     params = SamplingParams()
-    if args.wrong:
-        right = Text.guesses
-        Text.guesses = lambda text: ((token ^ 1, chance) for token, chance in right(text))  # type: ignore[method-assign]
-    prompts = prompts_of(bundle, SEED, args.prompts * args.repeats)
     stop = min(plain.eos)
     taught = [
         (prompt, [*answer(plain, prompt, params)[0], stop])
@@ -208,7 +276,7 @@ def main() -> None:
         "recipe": bundle.manifest.recipe,
         "threads": guessing._session.threads,
         "longest_draft": pace.longest,
-        "all_wrong": args.wrong,
+        "all_wrong": False,
         "taught": args.taught,
         "tokens_per_pass": round(median([row["tokens"] / row["passes"] for row in rows]), 3),
         "accepted_share": round(median([row["accepted"] / max(row["drafted"], 1) for row in rows]), 3),

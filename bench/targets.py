@@ -32,6 +32,7 @@ from gemma_edge.runtime.errors import BundleError
 ROOT = Path(__file__).resolve().parents[1]
 NANO = ROOT / "models" / "nano"
 LIMIT_S = 3600.0  # of one script
+PACKED = ", packed"  # of a name in bench/peers.py's line
 LITERT_MIX, LITERT_INT4, LLAMA = "LiteRT-LM 2/4-bit", "LiteRT-LM int4", "llama.cpp"
 
 Line = dict[str, Any]  # the last one of a script
@@ -81,17 +82,23 @@ class Goal:
     without: str = "not in the script's results"
 
 
-def against(recipe: str, peer: str, *keys: str | int) -> Callable[[Line], float | None]:
-    """Our bundle of a recipe to a peer, in bench/peers.py's line."""
+def against(recipe: str, peer: str, *keys: str | int, packed: bool = False) -> Callable[[Line], float | None]:
+    """Our bundle of a recipe to a peer, in bench/peers.py's line. packed: with packed weights mapped."""
 
     def value(line: Line) -> float | None:
-        name = next((name for name, found in line["recipes"].items() if found == recipe), None)
+        name = ours(line, recipe, packed=packed)
         found = None if name is None else line["against"][name].get(peer)
         for key in keys:
             found = None if found is None else found[str(key)]
         return found
 
     return value
+
+
+def ours(line: Line, recipe: str, *, packed: bool = False) -> str | None:
+    """The name of our bundle of a recipe in that line."""
+    names = (name for name, found in line["recipes"].items() if found == recipe)
+    return next((name for name in names if name.endswith(PACKED) == packed), None)
 
 
 def figure(name: str) -> Callable[[Line], float | None]:
@@ -110,7 +117,7 @@ def peers_share(recipe: str, depth: int) -> Callable[[Line], float | None]:
     """Of the bandwidth, in bench/peers.py's line."""
 
     def value(line: Line) -> float | None:
-        name = next((name for name, found in line["recipes"].items() if found == recipe), None)
+        name = ours(line, recipe)
         return None if name is None else line["share_of_bandwidth"][name][str(depth)]
 
     return value
@@ -162,10 +169,15 @@ PREFILL = [
          against("int4", LLAMA, "prefill", 1024), None, form=TIMES),
     Goal("prefill", "qat-mobile to LiteRT-LM's 2 and 4 bits, 1,024 tokens", "peers",
          against(QAT, LITERT_MIX, "prefill", 1024), 1.0, form=TIMES, needs=QAT, without=NO_LITERT),
-    Goal("prefill", "int4, peak memory to LiteRT-LM's int4", "peers",
-         against("int4", LITERT_INT4, "peak_bytes"), None, "<=", TIMES, without=NO_LITERT),
-    Goal("prefill", "qat-mobile, peak memory to LiteRT-LM's 2 and 4 bits", "peers",
-         against(QAT, LITERT_MIX, "peak_bytes"), 1.0, "<=", TIMES, needs=QAT, without=NO_LITERT),
+    Goal("prefill", "int4, packed, peak memory to LiteRT-LM's int4", "peers",
+         against("int4", LITERT_INT4, "peak_bytes", packed=True), None, "<=", TIMES, without=NO_LITERT),
+    Goal("prefill", "qat-mobile, packed, the same prompt to LiteRT-LM's mix", "peers",
+         against(QAT, LITERT_MIX, "prefill", 1024, packed=True), 1.0, form=TIMES, needs=QAT,
+         without=NO_LITERT),
+    Goal("prefill", "qat-mobile, packed, peak memory to LiteRT-LM's mix", "peers",
+         against(QAT, LITERT_MIX, "peak_bytes", packed=True), 1.0, "<=", TIMES, needs=QAT, without=NO_LITERT),
+    Goal("prefill", "qat-mobile, own weights, peak memory to LiteRT-LM's mix", "peers",
+         against(QAT, LITERT_MIX, "peak_bytes"), None, "<=", TIMES, needs=QAT, without=NO_LITERT),
     Goal("prefill", "int4, speed at 4,096 tokens to that at 1,024", "prefill",
          longer(4096), 1.0, form=TIMES, without=SHORT),
     Goal("prefill", "int4, speed at 16,384 tokens to that at 1,024", "prefill",

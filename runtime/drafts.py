@@ -57,18 +57,28 @@ class Guesser:
     """Of one answer."""
 
     def __init__(self, drafts: Drafts, prompt_ids: Sequence[int], stops: Collection[int]) -> None:
-        self._pace, self._stops = drafts.pace, stops
-        self._text = Text(drafts.memory, prompt_ids)
+        self._pace, self._memory, self._stops = drafts.pace, drafts.memory, stops
+        self._prompt = prompt_ids
+        self._text: Text | None = None  # prompt and answer are read when they are guessed at, and at the end
+        self._unread: list[int] = []
+        self._reading_s = 0.0  # since the last pass
         self._odds: list[float] = []  # of the last guesses, if a drafter made them
         self._asked: tuple[int, float] | None = None  # how many, and how long it took
 
-    def guess(self, last: Sequence[int], most: int, drafter: Iterable[Guess] | None = None) -> list[int]:
-        """At most `most` tokens that may follow the `last` picked ones.
+    def extend(self, tokens: Sequence[int]) -> None:
+        """The answer goes on with these tokens."""
+        self._unread += tokens
+
+    @property
+    def may_guess(self) -> bool:
+        """Whether there can be a guess now. Costs next to nothing, so it is asked before every pass."""
+        return self._pace.has_credit
+
+    def guess(self, most: int, drafter: Iterable[Guess] | None = None) -> list[int]:
+        """At most `most` tokens that may follow.
 
         drafter: its guesses, made as they are asked for.
         """
-        self._text.extend(last)
-        self._odds, self._asked = [], None
         draft: list[int] = []
         chances = self._look_up(draft)
         if drafter is None:
@@ -78,22 +88,37 @@ class Guesser:
 
     def learn(self, drafted: int, right: int, seconds: float) -> None:
         """Guessing and the pass took so long; the first `right` of the last guesses were right."""
+        if self._reading_s:
+            seconds -= self._reading_s
+            self._pace.charge(self._reading_s)
+            self._reading_s = 0.0
         if self._asked is not None:
             self._pace.learn_drafted(self._odds, right, seconds, *self._asked)
+            self._odds, self._asked = [], None
         else:
             self._pace.learn(drafted, right, seconds)
 
-    def end(self, last: Sequence[int]) -> None:
-        """The answer is over, with these tokens behind those that were guessed after."""
-        self._text.extend(last)
+    def end(self) -> None:
+        """The answer is over."""
+        self._read()
+        self._pace.charge(self._reading_s)
 
     def _look_up(self, draft: list[int]) -> Iterator[float]:
         """How likely each of the guesses is that are put into `draft`, if those before it are right."""
-        for token, chance in self._text.guesses():
+        for token, chance in self._read().guesses():
             if token in self._stops:
                 return
             draft.append(token)
             yield chance
+
+    def _read(self) -> Text:
+        start = time.perf_counter()
+        if self._text is None:
+            self._text = Text(self._memory, self._prompt)
+        self._text.extend(self._unread)
+        self._unread = []
+        self._reading_s += time.perf_counter() - start
+        return self._text
 
     def _ask(self, drafter: Iterable[Guess], most: int) -> list[int]:
         """The drafter's guesses, until one is not worth its row."""
@@ -122,7 +147,7 @@ class Pace:
 
     Time lost, compared with one token at a time, stays under COST_SHARE: a pass needs credit for the case
     that every guess is wrong. COST_SHARE of all time is credited, and what right guesses save, but never more
-    than one such pass, or a few with a drafter.
+    than one such pass, or a few with a drafter; reading what guesses are looked up in is taken from it.
     """
 
     def __init__(self, longest: int) -> None:
@@ -130,13 +155,20 @@ class Pace:
         self._times: list[deque[float]] = [deque(maxlen=RECENT) for _ in range(longest + 2)]  # by rows
         self._idle = [0] * (longest + 2)  # passes since one of so many rows was timed, or forgotten
         self._seconds = [0.0] * (longest + 2)  # their medians; 0: not measured
-        self._estimate = [0.0] * (longest + 2)  # the same without gaps
+        self._estimate = [0.0] * (longest + 2)  # the same without gaps; `_weigh` keeps it true
+        self._weighed = False  # whether these two are of the latest times
+        self._cheapest_s = 0.0  # what a wrong guess costs at least, as of the last time they were
         kinds = DRAFTED + 1 + len(NOTICED_ODDS)
         self._right = [1.0] * kinds  # older ones fade
         self._tried = [1.5] * kinds
         self._drafting: deque[float] = deque(maxlen=RECENT)  # seconds of one guess of a drafter
         self._credit_s = 0.0
         self._passes = -1  # with guesses, since one token was timed alone; -1: never
+
+    @property
+    def has_credit(self) -> bool:
+        """For one guess at least, by what was known when this was last worked out."""
+        return self._credit_s >= self._cheapest_s
 
     def choose(self, chances: Iterable[float], most: int) -> int:
         """How many guesses to make, at most `most`. chances: of each to be right after right ones."""
@@ -184,28 +216,31 @@ class Pace:
         kinds = [[DRAFTED, _kind_of(probability)] for probability in odds]
         self._learn(kinds, right, seconds - drafting_s, drafting_s)
 
+    def charge(self, seconds: float) -> None:
+        """So much went into guessing beside passes. It makes no debts, or guesses might never be tried again."""
+        self._credit_s = max(self._credit_s - seconds, min(self._credit_s, 0.0))
+
     def _learn(self, kinds: Sequence[Sequence[int]], right: int, seconds: float, more_s: float = 0.0) -> None:
         drafted = len(kinds)
-        times = self._times[drafted + 1]
-        times.append(seconds)
-        self._idle[drafted + 1] = 0
-        seconds = self._seconds[drafted + 1] = sorted(times)[len(times) // 2]
-        if drafted:
-            self._forget()
-        self._estimate_all()
+        self._times[drafted + 1].append(seconds)
+        self._weighed = False
+        self._credit_s += COST_SHARE * seconds - more_s
         if not drafted:
             if self._passes < 0:  # the first of all
                 self._credit_s = seconds
             self._passes = 0
         else:
             self._passes += 1
+            self._idle[drafted + 1] = 0
+            self._forget()
+            self._weigh()
             self._credit_s -= self._estimate[drafted + 1] - (right + 1) * self._seconds[1]
             for guess in range(min(right + 1, drafted)):
                 for kind in kinds[guess]:
                     self._right[kind] = self._right[kind] * FADING + (guess < right)
                     self._tried[kind] = self._tried[kind] * FADING + 1
-        most = self._most_credit_s
-        self._credit_s = max(min(self._credit_s - more_s + COST_SHARE * seconds, most), -most)
+        if drafted or more_s:  # debts are limited too
+            self._credit_s = max(self._credit_s, -self._most_credit_s)
 
     def _forget(self) -> None:
         """Times that may be untrue by now: while they keep guesses from being made, no others come."""
@@ -214,7 +249,6 @@ class Pace:
             if self._idle[rows] > OUTDATED and (times := self._times[rows]):
                 times.popleft()
                 self._idle[rows] = 0
-                self._seconds[rows] = sorted(times)[len(times) // 2] if times else 0.0
 
     def _best(self, chances: Iterable[float], most: int, each_s: float = 0.0) -> tuple[float, int, int]:
         """(tokens a second, with how many guesses, how many there are). each_s: what making one takes."""
@@ -231,6 +265,7 @@ class Pace:
 
     def _affordable(self, most: int, each_s: float = 0.0) -> int:
         """As many guesses as there is credit for; none until one token was timed."""
+        self._weigh()
         count = min(most, self.longest) if 0 <= self._passes < PLAIN_EVERY else 0
         while count > 0 and self._estimate[count + 1] + count * each_s - self._seconds[1] > self._credit_s:
             count -= 1
@@ -258,6 +293,16 @@ class Pace:
         """What a pass with most guesses loses if all are wrong."""
         drafting_s = self.longest * self._drafting_s if self._drafting else 0.0
         return self._estimate[-1] + drafting_s - self._seconds[1]
+
+    def _weigh(self) -> None:
+        """What passes take, from the latest times; credit for no more than one, or a few, can lose."""
+        if not self._weighed:
+            for rows, times in enumerate(self._times):
+                self._seconds[rows] = sorted(times)[len(times) // 2] if times else 0.0
+            self._estimate_all()
+            self._cheapest_s = self._estimate[2] - self._seconds[1]
+            self._weighed = True
+        self._credit_s = min(self._credit_s, self._most_credit_s)
 
     def _estimate_all(self) -> None:
         """Between what passes of so many rows took, and what another row usually takes.

@@ -146,7 +146,8 @@ class Engine(Generations):
                 position += len(picked)
         finally:
             if guesser is not None:
-                guesser.end(picked)
+                guesser.extend(picked)
+                guesser.end()
             if generation == self._generation:
                 tally.prompt_tokens, tally.reused_tokens = chunks.length, chunks.reused
                 self.last_stats = tally.stats()
@@ -176,13 +177,15 @@ class Engine(Generations):
         """
         before = time.perf_counter()
         token, draft = last[-1], list[int]()
-        if guesser is not None:  # what is guessed can be taken back
-            most = min(most, self._session.caches.ahead(position + 1))
-            if self._drafter is None:
-                draft = guesser.guess(last, most)
-            else:
-                states = self._drafter.session.states_after(len(last) - 1)
-                draft = guesser.guess(last, most, self._drafter.guesses(token, position, states))
+        if guesser is not None:
+            guesser.extend(last)
+            if guesser.may_guess:
+                most = min(most, self._session.caches.ahead(position + 1))  # what can be taken back
+                if self._drafter is None:
+                    draft = guesser.guess(most)
+                else:
+                    states = self._drafter.session.states_after(len(last) - 1)
+                    draft = guesser.guess(most, self._drafter.guesses(token, position, states))
         if self._reuse is not None:
             self._reuse.running()
         self._session.step(token, position, draft)

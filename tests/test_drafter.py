@@ -210,6 +210,7 @@ def test_answers_are_the_same(
     made: Callable[[str], TinyBundle], kind: str, params: SamplingParams, monkeypatch: pytest.MonkeyPatch
 ):
     """With the random drafter, which is never right, and with one that is right most of the time."""
+    monkeypatch.setattr(Pace, "has_credit", True)
     monkeypatch.setattr(Pace, "choose_between", lambda pace, chances, most: (0, min(most, pace.longest)))
     monkeypatch.setattr(Pace, "pays", lambda pace, odds, next_odds: True)
     bundle = made(kind).bundle
@@ -271,7 +272,7 @@ def play(pace: Pace, tokens: int, rate: float, drafting_s: float, odds: Callable
     """Seconds for so many tokens, of a model that is bound by memory, with no text to look up."""
     drawn, spent, made = random.Random(0), 0.0, 0
     while made < tokens:
-        _, most = pace.choose_between([], 4)
+        _, most = pace.choose_between([], 4) if pace.has_credit else (0, 0)
         run: list[float] = []
         asked = 0
         while asked < most:

@@ -12,6 +12,7 @@ import pytest
 from gemma_edge.runtime import drafts
 from gemma_edge.runtime.drafts import Guesser, Pace
 from gemma_edge.runtime.engine import Engine
+from gemma_edge.runtime.lookup import Text
 from gemma_edge.runtime.sampler import SamplingParams
 from gemma_edge.runtime.session import Session
 
@@ -84,14 +85,15 @@ def oracle(monkeypatch: pytest.MonkeyPatch, whole: Sequence[int], length: int, s
     drawn = random.Random(seed)
     said: list[int] = []
 
-    def guess(guesser: Guesser, last: Sequence[int], most: int) -> list[int]:
-        said.extend(last)
+    def guess(guesser: Guesser, most: int) -> list[int]:
         assert said == whole[length : length + len(said)]
         draft = list(whole[length + len(said) :][: drawn.randint(0, max(min(most, 4), 0))])
         if draft and drawn.random() < 0.5:
             draft[drawn.randrange(len(draft))] = 7
         return draft
 
+    monkeypatch.setattr(Guesser, "may_guess", True)
+    monkeypatch.setattr(Guesser, "extend", lambda guesser, tokens: said.extend(tokens))
     monkeypatch.setattr(Guesser, "guess", guess)
 
 
@@ -155,6 +157,7 @@ class Saying:
 def say(engine: Engine, monkeypatch: pytest.MonkeyPatch, prompt: list[int], tokens: list[int]) -> int:
     """Have the engine answer with `tokens`; how many guesses were right."""
     monkeypatch.setattr("gemma_edge.runtime.engine.Sampler", lambda *args: Saying([*tokens, *ids_of(9)]))
+    monkeypatch.setattr(Pace, "has_credit", True)
     monkeypatch.setattr(Pace, "choose", lambda pace, chances, most: len([*islice(chances, most)]))
     assert list(engine.generate(prompt, max_new_tokens=len(tokens))) == tokens
     return engine.last_stats.accepted
@@ -199,7 +202,8 @@ def play(pace: Pace, tokens: int, seconds: World, rate: float, chance: float = 0
     drawn = random.Random(seed)
     spent, made, passes = 0.0, 0, 0
     while made < tokens:
-        count = pace.choose([chance] * pace.longest, drawn.randint(0, 20))
+        found = drawn.randint(0, 20)
+        count = pace.choose([chance] * pace.longest, found) if pace.has_credit else 0
         right = 0
         while right < count and drawn.random() < rate:
             right += 1
@@ -284,7 +288,7 @@ def test_what_looks_free_because_times_vary_is_not():
     pace, drawn = Pace(8), random.Random(0)
     spent = plain = 0.0
     for _ in range(1500):
-        count = pace.choose([0.9] * 8, 8)
+        count = pace.choose([0.9] * 8, 8) if pace.has_credit else 0
         noise = drawn.expovariate(10) + (drawn.uniform(0.5, 3) if drawn.random() < 0.02 else 0)
         pace.learn(count, 0, bound_by_memory(count + 1) * (1 + noise))
         spent += bound_by_memory(count + 1)
@@ -299,3 +303,35 @@ def test_nothing_is_guessed_before_one_token_was_timed():
     assert pace.choose([0.9], 8) == 1
     assert pace.choose([], 8) == pace.choose([0.9], 0) == pace.choose([0.9], -1) == 0
     assert drafts.MOST_DRAFT == 15
+
+
+def test_reading_is_paid_from_credit_but_never_keeps_guesses_from_being_tried():
+    pace = Pace(8)
+    pace.learn(0, 0, 0.1)
+    pace.charge(0.03)
+    assert pace._credit_s == pytest.approx(0.07)
+    pace.charge(5.0)  # an answer far longer than its passes are slow
+    assert pace._credit_s == 0.0
+    assert pace.choose([0.9], 8) == 0 and not pace.has_credit
+    for _ in range(20):
+        pace.learn(0, 0, 0.1)
+    assert pace.has_credit and pace.choose([0.9], 8) == 1
+    pace.learn(8, 0, 0.9)
+    in_debt = pace._credit_s
+    pace.charge(1.0)
+    assert pace._credit_s == in_debt < 0
+
+
+def test_what_is_read_late_is_learned_all_the_same(tiny: TinyBundle, monkeypatch: pytest.MonkeyPatch):
+    """Without credit nothing is read before the answer ends; the next answer is guessed from it."""
+    engine, prompt, tokens = Engine(tiny.bundle, speculate=8), ids_of(12, seed=1), ids_of(40, seed=2)
+    engine.eos = frozenset()
+    read: list[int] = []
+    extend = Text.extend
+    monkeypatch.setattr(Text, "extend", lambda text, ids: (read.append(len(ids)), extend(text, ids)))
+    with monkeypatch.context() as patched:
+        patched.setattr(Pace, "has_credit", False)
+        patched.setattr("gemma_edge.runtime.engine.Sampler", lambda *args: Saying([*tokens, *ids_of(9)]))
+        assert list(engine.generate(prompt, max_new_tokens=len(tokens))) == tokens
+    assert read == [len(tokens)]
+    assert say(engine, monkeypatch, prompt, tokens) > 20
