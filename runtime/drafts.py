@@ -217,7 +217,7 @@ class Pace:
         self._learn(kinds, right, seconds - drafting_s, drafting_s)
 
     def charge(self, seconds: float) -> None:
-        """So much went into guessing beside passes. It makes no debts, or guesses might never be tried again."""
+        """So much went into guessing beside passes. It makes no debts: guesses are to be tried again."""
         self._credit_s = max(self._credit_s - seconds, min(self._credit_s, 0.0))
 
     def _learn(self, kinds: Sequence[Sequence[int]], right: int, seconds: float, more_s: float = 0.0) -> None:
