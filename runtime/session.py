@@ -138,8 +138,9 @@ class Session:
         """Run `rows` rows on the prefill graph, if there is one and it is worth it; how many were run."""
         if self.prompts is None or rows < LEAST_PROMPT_ROWS:
             return 0
-        if rows == self._chunk_rows:  # of a long prompt: its weights take the place of the decoder's
-            self._decoder_pages.give_back(self._prompt_pages.size_bytes)
+        # Its weights take the place of the decoder's. Mapping those again takes 50 ms, so a short prompt
+        # gives back as large a share as it is of a chunk.
+        self._decoder_pages.give_back(self._prompt_pages.size_bytes * rows // self._chunk_rows)
         for first, count in pieces(rows, position, self._heads):
             whole = first == 0 and count == self._chunk_rows
             binding = self._prompt_chunk if whole else self._bind_prompt(count, first)

@@ -118,6 +118,20 @@ def test_prompts_and_answers_take_turns(tiny_bundle: Any, tmp_path: Path):
     assert pages_of(prompts, "Anonymous") == pages_of(decoder, "Anonymous") == 0
 
 
+def test_a_short_prompt_gives_back_a_share(tiny_bundle: Any, monkeypatch: pytest.MonkeyPatch):
+    """As large a share of the decoder's pages as the prompt is of a chunk: mapping them again takes time."""
+    session = Session(tiny_bundle(recipe="int4", prefill="int8").bundle)
+    session._prompt_pages.ranges = ((0, 16 << 20),)
+    given: list[int] = []
+    monkeypatch.setattr(session._decoder_pages, "give_back", given.append)
+    monkeypatch.setattr(session._prompt_pages, "give_back", lambda: None)
+    ids = np.random.default_rng(3).integers(23, 500, 16)
+    session.prefill(ids[:9], 0, last=True)  # the last row is the decoder's
+    session.prefill(ids, 0, last=False)
+    session.prefill(ids[:4], 16, last=True)  # too few for the prefill graph
+    assert session.chunk == 16 and given == [8 << 20, 16 << 20]
+
+
 def test_as_many_as_are_wanted(tmp_path: Path):
     paths = [tmp_path / name for name in ("first", "second", "third")]
     pages, views = MappedPages(), list[mmap.mmap]()
