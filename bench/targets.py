@@ -208,7 +208,7 @@ REST = [
          figure("ratio"), 1.5, form=TIMES),
     Goal("guesses", "the same, tokens a pass", "speculation-full", figure("tokens_per_pass"), None),
     Goal("guesses", "the same, after 100 other answers", "speculation-warm",
-         figure("ratio"), None, form=TIMES),
+         figure("ratio"), 1.5, form=TIMES),
     Goal("guesses", "the same, tokens a pass, after 100 others", "speculation-warm",
          figure("tokens_per_pass"), None),
     Goal("guesses", "the same, if passes took what they do on a Xeon", "speculation-xeon",
