@@ -7,7 +7,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -81,6 +81,35 @@ def test_each_program_runs_its_own_model(bench, tmp_path: Path, monkeypatch: pyt
         runner()
     assert [*runners] == ["llama.cpp", "LiteRT-LM 2/4-bit", "LiteRT-LM int4"]
     assert ran == ["e2b-q4_0.gguf", "mix.litertlm", "int4.litertlm"]
+
+
+def test_ours_runs_with_own_and_with_packed_weights(bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Packed once, into the peers' folder; what fits is not packed again."""
+    peers = bench("peers")
+    shape = peers.model_of("e2b").geometry
+    bundle = SimpleNamespace(manifest=SimpleNamespace(geometry=shape))
+    monkeypatch.setattr(peers, "open_bundle", lambda path: bundle)
+    monkeypatch.setattr(peers, "misfit", lambda bundle, folder: None if folder.exists() else "not there")
+    monkeypatch.setattr(peers, "make", lambda bundle, folder: folder.mkdir())
+    for name in ("build", "fetch", "write_model"):
+        monkeypatch.setattr(peers.peer_llama, name, lambda *_, **__: Path("program"))
+    commands: list[list[str]] = []
+
+    def measured(command: list[str]) -> tuple[str, int]:
+        commands.append(command)
+        speeds = dict(prefill_tok_s=1.0, decode_tok_s=1.0)
+        return json.dumps({"rows": [dict(prompt_tokens=tokens, **speeds) for tokens in (1, 128, 1024)]}), 5
+
+    monkeypatch.setattr(peers, "measured_process", measured)
+    args = argparse.Namespace(
+        work=tmp_path / "peers", model="e2b", bundles=[tmp_path / "a"], no_amx=False, threads=2
+    )
+    for _ in range(2):
+        runners = peers.prepare(args)
+    assert [*runners] == ["a", "a, packed", "llama.cpp"]
+    assert runners["a"]()["peak_bytes"] == runners["a, packed"]()["peak_bytes"] == 5
+    assert ["--prepared" in command for command in commands] == [False, True]
+    assert commands[1][commands[1].index("--prepared") + 1] == str(tmp_path / "peers" / "a-packed")
 
 
 def test_a_process_is_measured_and_its_failure_shown(bench) -> None:

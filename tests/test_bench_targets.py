@@ -27,11 +27,13 @@ LINES: dict[str, dict[str, Any]] = {
         "depths": [{"depth": 0, "share_of_bandwidth": 0.8}, {"depth": 1024, "share_of_bandwidth": 0.7}]
     },
     "peers.py": {
-        "recipes": {"a": "int4", "b": "qat-mobile"},
+        "recipes": {"a": "int4", "a, packed": "int4", "b": "qat-mobile", "b, packed": "qat-mobile"},
         "share_of_bandwidth": {"b": {"0": 0.6, "1024": 0.5}},
         "against": {
             "a": {"llama.cpp": RATIOS, "LiteRT-LM int4": RATIOS},
-            "b": {"llama.cpp": RATIOS, "LiteRT-LM 2/4-bit": RATIOS},
+            "b": {"llama.cpp": RATIOS, "LiteRT-LM 2/4-bit": RATIOS | {"peak_bytes": 1.1}},
+            "a, packed": {"llama.cpp": RATIOS, "LiteRT-LM int4": RATIOS},
+            "b, packed": {"llama.cpp": RATIOS, "LiteRT-LM 2/4-bit": RATIOS},
         },
     },
     "prefill.py": {
@@ -96,6 +98,8 @@ def test_all_figures_stand_beside_their_targets(targets, scripts, capsys, monkey
     assert verdicts["qat-mobile to LiteRT-LM's 2 and 4 bits, depth 1024"] == "missed"
     assert verdicts["int4, of the memory's bandwidth, depth 1024"] == "missed"
     assert verdicts["int4, packed, anonymous memory, caches in it"] == "missed"
+    assert verdicts["qat-mobile, packed, peak memory to LiteRT-LM's mix"] == "met"
+    assert verdicts["qat-mobile, own weights, peak memory to LiteRT-LM's mix"] == "missed"
     assert (
         verdicts["int4, packed, peak memory, mapped pages in it"] == "measured"
     )  # the script names no target
@@ -123,7 +127,8 @@ def test_what_cannot_run_is_said_and_is_no_failure(targets, scripts, capsys, mon
 
 
 def test_peers_that_are_not_there_are_said(targets, scripts, capsys, monkeypatch) -> None:
-    line = LINES["peers.py"] | {"against": {"a": {"llama.cpp": RATIOS}, "b": {"llama.cpp": RATIOS}}}
+    ours = LINES["peers.py"]["recipes"]
+    line = LINES["peers.py"] | {"against": {name: {"llama.cpp": RATIOS} for name in ours}}
     (scripts / "peers.py").write_text(f"print({json.dumps(line)!r})")
     status, _, rows = run(targets, capsys, monkeypatch, "a", "b", "--peers", "peers")
     row = rows["int4 to LiteRT-LM's int4, 1,024 tokens"]
