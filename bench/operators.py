@@ -21,7 +21,9 @@ import onnxruntime as ort
 
 from gemma_edge.runtime import huge_pages
 from gemma_edge.runtime.bundle import Bundle, Caches
-from gemma_edge.runtime.session import Session, session_options
+from gemma_edge.runtime.decoder import Decoder
+from gemma_edge.runtime.graphs import session_options
+from gemma_edge.runtime.session import Session
 
 KERNEL = "_kernel_time"
 ITEM_BYTES = {"float32": 4, "float16": 2, "int8": 1}
@@ -50,28 +52,32 @@ class Node:
     read_bytes: int
 
 
-def profiled_decoder(bundle: Bundle, threads: int, folder: str) -> ort.InferenceSession:
-    """The decoder, as the runtime opens it, writing a profile into `folder`."""
-    options = session_options(threads)
-    options.enable_profiling = True
-    options.profile_file_prefix = str(Path(folder) / "step")
-    return ort.InferenceSession(str(bundle.decoder), options, providers=["CPUExecutionProvider"])
+def profiled_decoder(session: Session, bundle: Bundle, folder: str) -> Decoder:
+    """The decoder, as the runtime opens it, each part writing a profile into `folder`."""
+    opened = []
+    for graph in bundle.decoder_graphs:
+        options = session_options(session.threads)
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(folder) / graph.stem)
+        opened.append(ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"]))
+    return Decoder(opened, session.caches, kept=1)
 
 
 def profile_steps(session: Session, bundle: Bundle, depth: int, steps: int) -> list[Row]:
     """Steps from `depth` on, over what the session's caches hold; the slowest operator first."""
     with tempfile.TemporaryDirectory() as folder:
         plain, bindings = session.decoder, session._steps
-        session.decoder, session._steps = profiled_decoder(bundle, session.threads, folder), {}
+        session.decoder, session._steps = profiled_decoder(session, bundle, folder), {}
         move(bundle)  # as for the plain session
         try:
             for step in range(WARM_UP + steps):
                 session.step(7 + step, depth + step)
-            events = json.loads(Path(session.decoder.end_profiling()).read_text())
+            files = [part.session.end_profiling() for part in session.decoder.parts]
+            profiles = [json.loads(Path(file).read_text()) for file in files]
         finally:
             session.decoder, session._steps = plain, bindings
     nodes = read_nodes(bundle, depth + WARM_UP + steps // 2)
-    return summarize(events, nodes)
+    return summarize(profiles, nodes)
 
 
 def move(bundle: Bundle) -> None:
@@ -81,25 +87,26 @@ def move(bundle: Bundle) -> None:
         huge_pages.collapse(size_bytes)
 
 
-def summarize(events: list[dict[str, Any]], nodes: dict[str, Node]) -> list[Row]:
-    """A profile's events as rows: the median over runs of each operator's time in a run."""
-    starts = sorted(event["ts"] for event in events if event["name"] == "model_run")
-    spent: list[dict[str, float]] = [defaultdict(float) for _ in starts]
-    calls: dict[str, set[str]] = defaultdict(set)
-    for event in events:
-        if event["cat"] != "Node" or not event["name"].endswith(KERNEL):
-            continue
-        name = event["name"].removesuffix(KERNEL)
-        node = nodes.get(name)
-        operator = event["args"]["op_name"] if node is None else node.operator
-        spent[bisect.bisect(starts, event["ts"]) - 1][operator] += event["dur"] / 1e3
-        calls[operator].add(name)
+def summarize(profiles: list[list[dict[str, Any]]], nodes: dict[str, Node]) -> list[Row]:
+    """The events of all parts as rows: the median over runs of each operator's time in a run."""
+    spent: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))  # by run
+    calls: dict[str, set[tuple[int, str]]] = defaultdict(set)
+    for part, events in enumerate(profiles):
+        starts = sorted(event["ts"] for event in events if event["name"] == "model_run")
+        for event in events:
+            if event["cat"] != "Node" or not event["name"].endswith(KERNEL):
+                continue
+            name = event["name"].removesuffix(KERNEL)
+            node = nodes.get(name)
+            operator = event["args"]["op_name"] if node is None else node.operator
+            spent[bisect.bisect(starts, event["ts"]) - 1][operator] += event["dur"] / 1e3
+            calls[operator].add((part, name))
     rows = [
         Row(
             operator,
             len(names),
-            statistics.median(run.get(operator, 0.0) for run in spent[WARM_UP:]),
-            sum(nodes[name].read_bytes for name in names if name in nodes),
+            statistics.median(spent[run].get(operator, 0.0) for run in sorted(spent)[WARM_UP:]),
+            sum(nodes[name].read_bytes for _, name in names if name in nodes),
         )
         for operator, names in calls.items()
     ]

@@ -35,6 +35,7 @@ def make(
     from gemma_edge.export.attach import attach
     from gemma_edge.export.decode_step import write_decode_step
     from gemma_edge.export.fused import fused_layers
+    from gemma_edge.export.parts import write_parts
     from gemma_edge.export.pickers import write_pickers
     from gemma_edge.export.plan import DECODER_DATA, EMBEDDINGS_DATA, HEAD, TOKEN_TABLE, inner_type, make_plan
     from gemma_edge.export.recipes import load_recipe
@@ -114,10 +115,11 @@ def make(
         if name == "decoder_cuda.onnx":
             write_decode_step(out, model, graph, Checkpoint(), plan.head)  # type: ignore[arg-type]
     constants.close()
+    parts = write_parts(out, model) if profile.execution_provider == "cpu" else ()
     genai.write_text_graph(out / "embeddings.onnx", out / "decoder.onnx", out / genai_files.TEXT)
     genai.write_genai_config(out / genai_files.CONFIG, model, plan.caches, Tokens(bos=2, pad=0, eos=(1,)))
     sizes = {name: file._end for name, file in files.items()}
-    manifest = _manifest(model, profile, recipe, plan)
+    manifest = _manifest(model, profile, recipe, plan) | dict(decoder_parts=msgspec.to_builtins(parts))
     (out / REGIONS).write_text(json.dumps(dict(sizes=sizes, regions=regions, manifest=manifest)))
     total = sum(path.stat().st_size for path in out.iterdir())
     print(f"{out}: {total / 1e6:.1f} MB, to be filled to {sum(sizes.values()) / 1e9:.2f} GB")

@@ -28,6 +28,7 @@ from ..runtime.bundle import (
     Drafter,
     FileEntry,
     Manifest,
+    Part,
     Prefill,
     RuntimeSettings,
     Source,
@@ -48,6 +49,7 @@ from .drafter import PreparedDrafter, prepare_drafter, write_drafter
 from .fused import fused_layers
 from .genai_audio import write_audio_variant
 from .geometry import TextModel, read_config, read_text_model
+from .parts import WORTH_BYTES, write_parts
 from .pickers import write_pickers
 from .plan import AUDIO_DATA, DECODER_DATA, EMBEDDINGS_DATA, PREFILL_DATA, Plan, inner_type
 from .qat_plan import plan_for
@@ -82,6 +84,7 @@ class Job:
     audio: bool = True  # False leaves the audio encoder out
     drafter: CheckpointSource | None = None
     fused: bool = True  # on CUDA, products of one input are one where they can be
+    parts_from_bytes: int = WORTH_BYTES  # of weights, from which on the decoder loads in parts on a CPU
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,9 @@ def write_bundle(prepared: Prepared, progress: Progress = lambda name, weights: 
             drafter = write_drafter(
                 prepared.drafter, prepared.plan.caches, prepared.checkpoint, job.recipe, folder, progress
             )
+        parts: tuple[Part, ...] = ()
+        if job.profile.execution_provider == "cpu":
+            parts = write_parts(folder, prepared.model, worth_bytes=job.parts_from_bytes)
         genai.write_text_graph(folder / "embeddings.onnx", folder / "decoder.onnx", folder / genai_files.TEXT)
         genai.write_genai_config(
             folder / genai_files.CONFIG, prepared.model, prepared.plan.caches, prepared.tokens
@@ -157,7 +163,7 @@ def write_bundle(prepared: Prepared, progress: Progress = lambda name, weights: 
             write_audio_variant(folder, prepared.ears[1].tokens, prepared.tokens)
         _copy_files(prepared, folder)
         progress("hashing", 0)
-        manifest = _manifest(prepared, stored, channels, drafter, folder)
+        manifest = _manifest(prepared, stored, channels, drafter, parts, folder)
         _write_manifest(manifest, folder)
         if manifest.caches.dtype == "int8":
             progress("calibrating caches", 0)
@@ -251,6 +257,7 @@ def _manifest(
     stored: dict[str, StoredWeight],
     channels: dict[str, StoredChannels],
     drafter: Drafter | None,
+    parts: tuple[Part, ...],
     folder: Path,
 ) -> Manifest:
     job, profile = prepared.job, prepared.job.profile
@@ -286,6 +293,7 @@ def _manifest(
         audio=None if prepared.ears is None else prepared.ears[1],
         drafter=drafter,
         prefill=_describe_prefill(channels, folder) if channels else None,
+        decoder_parts=parts,
     )
 
 

@@ -23,7 +23,7 @@ HEADROOM = 1.5  # 1.2 is a little better where it suffices, 1.0 clips and is wor
 LEAST = 1 / 16  # of the scale before: a channel that slept may wake
 MOST_TOKENS = 192  # of a text
 LEVELS = 127
-GRAPHS = ("decoder.onnx", "prefill.onnx", "text.onnx", "drafter.onnx")
+GRAPHS = ("decoder.onnx", "prefill.onnx", "text.onnx", "drafter.onnx")  # and the decoder's parts
 TEXTS = (
     "A greenhouse is a building whose walls and roof are made chiefly of transparent material, in "
     "which plants that need regulated climatic conditions are grown. On cold days the vents stay "
@@ -49,7 +49,8 @@ def calibrate(folder: Path) -> list[str]:
     """Shrink the scales of the bundle in `folder`; the names of the files that changed."""
     bundle = open_bundle(folder)
     shrink = {name: np.clip(seen * HEADROOM / LEVELS, LEAST, 1.0) for name, seen in _levels(bundle).items()}
-    changed = [name for name in GRAPHS if (folder / name).is_file()]
+    names = [*GRAPHS, *(part.file for part in bundle.manifest.decoder_parts)]
+    changed = [name for name in names if (folder / name).is_file()]
     for name in changed:
         _rescale(folder / name, shrink)
     least, most = min(map(np.min, shrink.values())), max(map(np.max, shrink.values()))

@@ -8,10 +8,10 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ..runtime.bundle import READ, Caches, Tokens
+from ..runtime.bundle import HIDDEN, READ, Caches, Tokens
 from ..runtime.genai_files import TEXT
 from .geometry import SLIDING, TextModel
-from .trace import HIDDEN, KEEP
+from .trace import KEEP
 
 
 def write_text_graph(embeddings: Path, decoder: Path, out: Path) -> None:

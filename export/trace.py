@@ -20,7 +20,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .. import __version__
-from ..runtime.bundle import READ, Caches
+from ..runtime.bundle import HIDDEN, READ, Caches
 from .audio_geometry import AudioModel
 from .drafter_geometry import DrafterModel
 from .geometry import TextModel
@@ -36,7 +36,6 @@ OPSET = 23
 TENSOR_SCATTER_OPSET = 24  # the first with TensorScatter; torch writes 23 at most, nothing else used changed
 IR_VERSION = 11
 KEEP = "logits_to_keep"
-HIDDEN = "hidden_states"
 CUDA_LENGTHS = ("last_position", "total_length", "window_length")  # inputs of the decoder for CUDA
 
 CACHE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}

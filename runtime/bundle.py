@@ -20,6 +20,8 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 # Outputs `read.{index}.{key|value}.{n}`: an int8 cache that an operator reads, and wants to write as well.
 READ = "read."
+# What the parts of a decoder hand on, (1, kept, width): to the upper layers two, to the head one.
+LOWER_HIDDEN, UPPER_INPUTS, HIDDEN = "lower_hidden_states", "upper_per_layer_inputs", "hidden_states"
 # Only in bundles for CUDA: the decoder as our engine runs it there, on the same weights; what picks tokens.
 DRAFTER = "drafter.onnx"
 CUDA_DECODER = "decoder_cuda.onnx"
@@ -114,6 +116,13 @@ class Quantized(Struct, frozen=True):
     block_size: int
     method: str
     relative_error: float  # |W - Wq|_F / |W|_F
+
+
+class Part(Struct, frozen=True):
+    """One of the graphs that do together what decoder.onnx does."""
+
+    file: str
+    weights_bytes: int  # that it multiplies with, in the data files of the decoder
 
 
 class Prefill(Struct, frozen=True):
@@ -220,6 +229,7 @@ class Manifest(Struct, frozen=True):
     audio: Audio | None = None  # None: the model has no ears
     drafter: Drafter | None = None  # None: it was exported without one
     prefill: Prefill | None = None  # None: prompts run on the decoder graph
+    decoder_parts: tuple[Part, ...] = ()  # in the order in which they run; none: decoder.onnx runs
 
 
 @dataclass(frozen=True)
@@ -233,6 +243,12 @@ class Bundle:
     @property
     def decoder(self) -> Path:
         return self._graph("decoder.onnx")
+
+    @property
+    def decoder_graphs(self) -> list[Path]:
+        """What runs on a CPU, one after the other: the decoder's parts, or the decoder itself."""
+        parts = self.manifest.decoder_parts
+        return [self._graph(part.file) for part in parts] if parts else [self.decoder]
 
     @property
     def cuda_decoder(self) -> Path:

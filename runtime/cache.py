@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,9 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from .bundle import READ, Caches
+from .errors import BundleError
+
+_PAST, _PRESENT = "past_key_values.", "present."
 
 Rows = dict[str, npt.NDArray[Any]]  # by buffer name: (kv_heads, rows, head_dim), the rows in use
 
@@ -48,24 +52,26 @@ class KvCaches:
 
     @property
     def input_names(self) -> set[str]:
-        return {f"past_key_values.{name}" for name in self.values}
+        return {f"{_PAST}{name}" for name in self.values}
 
     @property
     def slack(self) -> int:
         """Tokens that the sliding caches hold above their window; the context if no layer slides."""
         return self._capacity - self._window if self._sliding else self.context
 
-    def bind(self, binding: ort.IOBinding, outputs: Iterable[str] = ()) -> None:
-        """Bind every buffer as the graph's past and present, and as those of its `outputs` that read one."""
-        for name, value in self.values.items():
-            binding.bind_ortvalue_input(f"past_key_values.{name}", value)
-            binding.bind_ortvalue_output(f"present.{name}", value)
-        self.bind_reads(binding, outputs)
+    def bind(self, binding: ort.IOBinding, inputs: Iterable[str], outputs: Iterable[str]) -> None:
+        """Bind the buffers that a graph of these inputs and outputs names, past and present in one place.
 
-    def bind_reads(self, binding: ort.IOBinding, outputs: Iterable[str]) -> None:
-        """Bind the outputs `read.…` to the buffers they read. Unbound, each is a copy of a whole buffer."""
+        An output `read.…` goes where it was read; unbound, it would be a copy of the whole buffer.
+        """
+        for name in inputs:
+            if name.startswith((_PAST, _PRESENT)):
+                buffer = name.removeprefix(_PAST).removeprefix(_PRESENT)
+                binding.bind_ortvalue_input(name, self.values[buffer])
         for name in outputs:
-            if name.startswith(READ):
+            if name.startswith(_PRESENT):
+                binding.bind_ortvalue_output(name, self.values[name.removeprefix(_PRESENT)])
+            elif name.startswith(READ):
                 binding.bind_ortvalue_output(name, self.values[name.removeprefix(READ).rpartition(".")[0]])
 
     def begin(self, length: int) -> int:
@@ -120,3 +126,11 @@ class KvCaches:
 
     def _rows(self, name: str, length: int) -> int:
         return length - self.begin(length) if name in self._sliding else length
+
+
+def check_caches(path: Path, graph: ort.InferenceSession, caches: KvCaches) -> None:
+    """The graph that writes them and the manifest must speak of the same caches. Raises BundleError."""
+    past = {value.name for value in graph.get_inputs() if value.name.startswith(_PAST)}
+    if past != caches.input_names:
+        differing = ", ".join(sorted(past ^ caches.input_names)[:4])
+        raise BundleError(f"{path}: its caches are not the manifest's ({differing}); export it again")

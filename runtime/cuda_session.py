@@ -25,16 +25,16 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from .bundle import CUDA_DECODER, GREEDY, TOP, Bundle
-from .cache import KvCaches
+from .cache import KvCaches, check_caches
 from .errors import BundleError
 from .gpu.device import Gpu, Unavailable
 from .gpu.plan import StepFiles, read_step
 from .gpu.step import DecodeStep, Device, Memory
+from .graphs import Graph, open_graph
 from .machine import usable_cpus
 from .pieces import pieces
 from .prompt import Heard
 from .sampler import Picks
-from .session import check_caches, open_graph
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +92,7 @@ class CudaSession:
         self._weights = {name: view for name, (_, view) in self._held.items()}
         steps_captured = self._captures and kernels is None
         self.decoder = self._open(bundle.cuda_decoder, settings, captures=steps_captured)
+        self._state = Graph.of(self.decoder)
         self.caches = KvCaches(manifest.caches, settings.device, window=self._window)
         check_caches(bundle.cuda_decoder, self.decoder, self.caches)
         self.embeddings = open_graph(bundle.embeddings, 1, "cpu", ahead=False)
@@ -243,7 +244,7 @@ class CudaSession:
     def _bind_state(self, binding: ort.IOBinding, lengths: Mapping[str, npt.NDArray[np.int32]]) -> None:
         for name, value in lengths.items():  # uncopied: they must outlive the run
             binding.bind_input(name, "cpu", 0, value.dtype, (), value.ctypes.data)
-        self.caches.bind(binding)
+        self.caches.bind(binding, self._state.inputs, self._state.outputs)
         binding.bind_ortvalue_output("logits", self._logits)
 
     def _bind_pickers(self) -> tuple[ort.IOBinding, ort.IOBinding]:

@@ -19,7 +19,8 @@ import onnxruntime as ort
 from .bundle import Bundle
 from .denormals import denormals_as_zero
 from .errors import BundleError
-from .session import Session, open_graph
+from .graphs import Graph, open_graph
+from .session import Session
 from .sessions import AnySession
 
 
@@ -100,7 +101,6 @@ class Drafter:
                         f"{bundle.drafter}: reads {value.name}, which the model's caches have not in shape "
                         f"{value.shape}; export the bundle again"
                     )
-                binding.bind_ortvalue_input(value.name, cache)
         outputs: dict[str, npt.NDArray[Any]] = {
             "token": self._token,
             "probability": self._probability,
@@ -108,5 +108,6 @@ class Drafter:
         }
         for name, array in outputs.items():
             binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        self.session.caches.bind_reads(binding, [value.name for value in self._graph.get_outputs()])
+        graph = Graph.of(self._graph)
+        self.session.caches.bind(binding, graph.inputs, graph.outputs)
         return binding

@@ -15,8 +15,8 @@ import ctypes
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from .residency import MAPS
@@ -30,7 +30,7 @@ Range = tuple[int, int]  # address, bytes
 
 
 class MappedPages:
-    """The mappings that one session has of one file: they live as long as it does."""
+    """The mappings that sessions have of their files: they live as long as those do."""
 
     def __init__(self) -> None:
         self.ranges: tuple[Range, ...] = ()
@@ -65,25 +65,28 @@ _opening: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
 
 
 @contextmanager
-def mapped_meanwhile(path: Path) -> Iterator[MappedPages]:
-    """What the block maps of `path`; known when it ends. One block at a time, or it would see another's.
+def mapped_meanwhile(*paths: Path) -> Iterator[MappedPages]:
+    """What the block maps of these files; known when it ends.
 
-    For files that are only read: a page that was written would be the file's again.
+    One block a file at a time, or it would see another's. For files that are only read: a page that was
+    written would be the file's again.
     """
-    pages = MappedPages()
-    with _opening[path.resolve()]:
-        before = _mappings(path)
+    pages, files = MappedPages(), sorted({path.resolve() for path in paths})
+    with ExitStack() as stack:
+        for path in files:  # sorted: two blocks never wait for each other
+            stack.enter_context(_opening[path])
+        before = _mappings(files)
         yield pages
-        pages.ranges = tuple(sorted(_mappings(path) - before))
+        pages.ranges = tuple(sorted(_mappings(files) - before))
 
 
-def _mappings(path: Path) -> set[Range]:
-    """This process's, of one file."""
-    wanted, found = str(path.resolve()), set[Range]()
+def _mappings(files: Sequence[Path]) -> set[Range]:
+    """This process's, of these files."""
+    wanted, found = {str(path) for path in files}, set[Range]()
     if MAPS.exists():
         for line in MAPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
             fields = line.split(maxsplit=5)
-            if len(fields) == 6 and fields[5] == wanted:
+            if len(fields) == 6 and fields[5] in wanted:
                 start, end = (int(number, 16) for number in fields[0].split("-"))
                 found.add((start, end - start))
     return found

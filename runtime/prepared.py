@@ -4,7 +4,7 @@ When ONNX Runtime loads a graph it repacks the weights of every matrix product f
 the system cannot take back. A prepared folder holds the same graphs with packed weights beside them, which
 are mapped instead:
 
-    BUNDLE/prepared/  prepared.json · decoder.onnx(.data) · prefill… · audio_encoder_stream…
+    BUNDLE/prepared/  prepared.json · decoder.onnx(.data), or its parts · prefill… · audio_encoder_stream…
 
 It is of use to one bundle, one onnxruntime and one kind of CPU, which `prepared.json` names. ONNX Runtime
 packs again when it loads, compares, and refuses what differs; so the folder saves memory more than time, and
@@ -82,7 +82,7 @@ def graphs(bundle: Bundle) -> list[Path]:
     plain = dataclasses.replace(bundle, prepared=None)
     manifest, found = bundle.manifest, list[Path]()
     if manifest.runtime.execution_provider == "cpu":
-        found += [plain.decoder] if manifest.prefill is None else [plain.decoder, plain.prefill]
+        found += plain.decoder_graphs if manifest.prefill is None else [*plain.decoder_graphs, plain.prefill]
     return found if manifest.audio is None else [*found, plain.audio_encoder_stream]
 
 

@@ -76,9 +76,9 @@ def test_logits_are_a_view_of_one_buffer(session: Session):
 
 
 def test_a_chunk_that_is_not_the_last_leaves_the_logits_alone(session: Session):
-    session._logits[...] = 7
+    session.decoder.logits[...] = 7
     session.prefill(ids_of(CHUNK), 0, last=False)
-    assert (session._logits == 7).all()
+    assert (session.decoder.logits == 7).all()
 
 
 def test_caches_are_updated_in_place(session: Session, tiny: TinyBundle):

@@ -15,6 +15,7 @@ import onnxruntime as ort
 
 from ...runtime.bundle import Bundle
 from ...runtime.cache import KvCaches
+from ...runtime.graphs import Graph
 from ...runtime.machine import usable_cpus
 
 MAX_ROWS = 64  # whose logits are held at a time
@@ -44,6 +45,7 @@ class Graphs:
         )
         decoder, self._taps = _tapped(onnx.load(bundle.decoder, load_external_data=False))
         self._decoder = ort.InferenceSession(decoder.SerializeToString(), options)
+        self._names = Graph.of(self._decoder)
         self._embeddings = ort.InferenceSession(str(bundle.embeddings), options)
         self._caches = KvCaches(bundle.manifest.caches)
 
@@ -69,7 +71,7 @@ class Graphs:
         binding.bind_cpu_input("position_ids", np.arange(start, end)[None])
         keep = np.array([len(ids)], np.int64)  # bound by address: an input with a default is not in the list
         binding.bind_input("logits_to_keep", "cpu", 0, keep.dtype, keep.shape, keep.ctypes.data)
-        self._caches.bind(binding)
+        self._caches.bind(binding, self._names.inputs, self._names.outputs)
         for name in ("logits", *self._taps):
             binding.bind_output(name, "cpu")
         self._decoder.run_with_iobinding(binding)

@@ -17,8 +17,8 @@ import numpy.typing as npt
 from ..bundle import Bundle
 from ..denormals import denormals_as_zero
 from ..errors import AudioError, BundleError
+from ..graphs import open_graph
 from ..machine import usable_cpus
-from ..session import open_graph
 from .files import check_duration, open_audio
 from .mel import LogMel
 from .samples import MonoStream

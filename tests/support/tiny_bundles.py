@@ -68,14 +68,18 @@ def prepare_tiny(
     force: bool = False,
     prefill: Literal["shared", "int8"] | None = None,
     drafter: Path | None = None,
+    parts: bool = False,
     **device: Any,
 ) -> Prepared:
-    """Everything before the work. prefill: whatever recipe and device say. `device`: see `tiny_profile`."""
+    """Everything before the work. prefill: whatever recipe and device say. parts: of the decoder, small as
+    it is. `device`: see `tiny_profile`.
+    """
     source, rules = find_checkpoint(str(checkpoint)), load_recipe(recipe)
     if prefill is not None:
         rules = replace(rules, prefill_weights=prefill)
     guessing = None if drafter is None else find_checkpoint(str(drafter), tokenizer=False)
-    return prepare(Job(source, tiny_profile(**device), rules, context, out, force, drafter=guessing))
+    cut = dict(parts_from_bytes=0) if parts else {}
+    return prepare(Job(source, tiny_profile(**device), rules, context, out, force, drafter=guessing, **cut))
 
 
 def export_tiny(
