@@ -83,7 +83,11 @@ def profile_steps(session: Session, bundle: Bundle, depth: int, steps: int) -> l
 def move(bundle: Bundle) -> None:
     """Weights onto huge pages, now: the runtime's own thread takes its time."""
     size_bytes = huge_pages.huge_page_bytes()
-    if size_bytes and bundle.manifest.memory.weights_bytes >= huge_pages.WORTH_BYTES:
+    if (
+        bundle.prepared is None
+        and size_bytes
+        and bundle.manifest.memory.weights_bytes >= huge_pages.WORTH_BYTES
+    ):
         huge_pages.collapse(size_bytes)
 
 

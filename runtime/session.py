@@ -74,8 +74,9 @@ class Session:
         self._prompt_chunk = self._bind_prompt(chunk, 0) if self.prompts is not None else None
         self._shrink = ort.RunOptions()
         self._shrink.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        weights_bytes = manifest.memory.weights_bytes if provider == "cpu" else 0
-        self.moving = huge_pages.start(weights_bytes)  # a thread that ends by itself
+        # What is packed into memory is moved; of packed weights that are mapped there is nothing to move.
+        in_memory = provider == "cpu" and bundle.prepared is None
+        self.moving = huge_pages.start(manifest.memory.weights_bytes if in_memory else 0)  # ends by itself
 
     @property
     def logits(self) -> npt.NDArray[np.floating]:
