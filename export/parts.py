@@ -83,6 +83,9 @@ def _part(
     for value in [value for value in part.inputs if not value.uses()]:
         part.inputs.remove(value)
         part.initializers.pop(value.name or "", None)
+    for name in graph.initializers:  # in its order: `extract` has them in any
+        if name in part.initializers:
+            part.initializers[name] = part.initializers.pop(name)
     return part
 
 

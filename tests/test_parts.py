@@ -223,4 +223,6 @@ def test_sizes_are_those_of_the_weights(tiny_bundle, tmp_path: Path):
         (tmp_path / name).symlink_to(bundle.path / name)
     model = read_text_model(bundle.checkpoint)
     assert write_parts(tmp_path, model, worth_bytes=total) == parts
+    for name in NAMES:  # byte by byte what another process wrote before
+        assert (tmp_path / name).read_bytes() == (bundle.path / name).read_bytes()
     assert write_parts(tmp_path, model, worth_bytes=total + 1) == ()
