@@ -22,7 +22,7 @@ import onnxruntime as ort
 from .bundle import HIDDEN, READ, Bundle
 from .cache import KvCaches, check_caches
 from .errors import BundleError
-from .graphs import NUMPY_TYPES, Graph, bind_input, data_of, open_graph
+from .graphs import NUMPY_TYPES, Graph, bind_input, data_of, give_back_freed, open_graph
 from .machine import usable_cpus
 from .mapped_pages import MappedPages, mapped_meanwhile
 from .read_ahead import read_ahead
@@ -32,8 +32,6 @@ _MASK = "attention_mask"
 _STATE = ("past_key_values.", "present.", READ)  # of caches
 
 Shaped = tuple[npt.NDArray[Any], tuple[int, ...]]  # a buffer, and the shape of the tensor that it begins with
-
-
 Run = list[tuple[Graph, ort.IOBinding]]  # the parts that have something to do, in order
 
 
@@ -131,6 +129,7 @@ def open_layers(bundle: Bundle, threads: int) -> Layers:
         order = sorted(range(len(jobs)), key=lambda number: -sizes[number])
         started = {number: pool.submit(jobs[number]) for number in order}
         opened = [started[number].result() for number in range(len(jobs))]
+    give_back_freed()
     prompts, prompt_pages = opened.pop() if manifest.prefill is not None else (None, MappedPages())
     return Layers(tuple(opened), pages, prompts, prompt_pages)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def open_graph(
     providers = [name] if provider == "cpu" else on_gpu
     try:
         # The first session of a process would leave this thread with denormals as zero.
-        with denormals_as_zero(), read_ahead(path) if ahead else nullcontext():
+        with denormals_as_zero(), read_ahead(path) if ahead else contextlib.nullcontext():
             session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as cause:  # onnxruntime raises many classes, all derived from Exception alone
         raise BundleError(f"{path}: onnxruntime cannot load it ({cause}); export the bundle again") from cause
@@ -94,6 +95,12 @@ class Graph:
             tuple(value.name for value in entering),
             tuple(value.name for value in session.get_outputs()),
         )
+
+
+def give_back_freed() -> None:
+    """Memory that loading took and freed, which glibc keeps by thread: 20 MB for E2B, in a millisecond."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def data_of(graph: Path) -> Path:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from .residency import MAPS
 
 log = logging.getLogger(__name__)
 
+STATM = Path("/proc/self/statm")
 ROWS = 256  # of tables, looked up between two times; giving back takes 0.4 ms
 _MADV_DONTNEED = 4
 
@@ -48,17 +50,24 @@ class MappedPages:
             self.give_back()
 
     def give_back(self, least_bytes: int | None = None) -> None:
-        """All of them, or the first ones that are together at least so large."""
+        """All of them, or the first ones until at least so much less is resident.
+
+        A mapping's length would not do: of rotary tables, as large as the context, a few rows are ever there.
+        """
         libc = ctypes.CDLL(None, use_errno=True)
-        given = 0
+        goal = None if least_bytes is None or not self.ranges else _resident_bytes() - least_bytes
         for start, length in self.ranges:
-            if least_bytes is not None and given >= least_bytes:
+            if goal is not None and _resident_bytes() <= goal:
                 return
             if libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_DONTNEED):
                 log.debug("mapped pages stay, errno %d (locked?)", ctypes.get_errno())
                 self.ranges = ()
                 return
-            given += length
+
+
+def _resident_bytes() -> int:
+    """Of files, in this process; the kernel's figure, which may lag some hundred KiB behind."""
+    return int(STATM.read_text().split()[2]) * os.sysconf("SC_PAGESIZE")
 
 
 _opening: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)

@@ -133,13 +133,14 @@ def test_a_short_prompt_gives_back_a_share(tiny_bundle: Any, monkeypatch: pytest
 
 
 def test_as_many_as_are_wanted(tmp_path: Path):
-    paths = [tmp_path / name for name in ("first", "second", "third")]
+    """Counted is what was resident: the second file is mapped, and nobody has read it."""
+    paths = [tmp_path / name for name in ("first", "unread", "third", "fourth")]
     pages, views = MappedPages(), list[mmap.mmap]()
     for path in paths:
-        path.write_bytes(bytes(1 << 16))
+        path.write_bytes(bytes(8 << 20))
         with mapped_meanwhile(path) as one:
             views.append(mapped(path))
         pages.ranges += one.ranges
-    assert sum(len(view[:]) for view in views) == pages.size_bytes == 3 << 16
-    pages.give_back((1 << 16) + 1)
-    assert [pages_of(path, "Rss") for path in paths] == [0, 0, 64]
+    assert sum(len(view[:]) for view in (views[0], *views[2:])) == 24 << 20 and pages.size_bytes == 32 << 20
+    pages.give_back(12 << 20)
+    assert [pages_of(path, "Rss") for path in paths] == [0, 0, 0, 8 << 10]
