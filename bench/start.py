@@ -1,11 +1,11 @@
 """How a start goes: seconds to the first token and memory, with and without packed weights, warm and cold.
 
-    python bench/start.py BUNDLE [--prepared DIR] [--repeats 3] [--cold] [--residency map prefault lock]
+    python bench/start.py BUNDLE [--prepared DIR] [--repeats 3] [--cold] [--whole] [--residency map lock]
 
 Each start is a process of its own, `gemma-edge ask`, timed from its creation to its end, less the steps after
 the first token. Packed weights are written first, if DIR (default: a temporary folder beside the bundle) has
 none that fit. A cold start follows after the system was asked to drop the files' pages (posix_fadvise); how
-many stayed is printed.
+many stayed is printed. With --whole the same bundle also starts with its decoder in one graph, not in parts.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from common import machine, median, print_json, print_machine
 
-from gemma_edge.runtime.bundle import Bundle, open_bundle
+from gemma_edge.runtime.bundle import MANIFEST, Bundle, open_bundle
 from gemma_edge.runtime.prepared import make, misfit
 
 FIRST_TOKEN_TARGET_S = 2.0
@@ -120,28 +121,40 @@ def row(name: str, starts: list[Start]) -> dict[str, Any]:
     return {"start": name} | {key: round(value, 3) for key, value in figures.items()}
 
 
-def measure(bundle: Bundle, prepared: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every way to start, in turns."""
-    ways = {"plain": ["--prepare", "off"]}
-    ways |= {
-        f"packed, {residency}": ["--prepared", str(prepared), "--residency", residency]
-        for residency in args.residency
-    }
+def with_whole_decoder(bundle: Bundle, folder: Path) -> Bundle:
+    """The same bundle on decoder.onnx: its files under other names, and another manifest."""
+    folder.mkdir()
+    for name in bundle.manifest.files:
+        os.link(bundle.path / name, folder / name)
+    manifest = msgspec.structs.replace(bundle.manifest, decoder_parts=())
+    (folder / MANIFEST).write_bytes(msgspec.json.encode(manifest))
+    return open_bundle(folder)
+
+
+def measure(forms: dict[str, tuple[Bundle, Path]], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every way to start, in turns. forms: by what their rows are called besides."""
+    ways: dict[str, tuple[Bundle, list[str]]] = {}
+    for form, (bundle, prepared) in forms.items():
+        ways[f"plain{form}"] = bundle, ["--prepare", "off"]
+        for residency in args.residency:
+            options = ["--prepared", str(prepared), "--residency", residency]
+            ways[f"packed, {residency}{form}"] = bundle, options
     print(
         "| start | first token, s (best) | of it loading | decode tok/s | anonymous MB | mapped MB | peak GB|"
     )
     print("|---|---|---|---|---|---|---|")
     runs: dict[str, list[Start]] = {name: [] for name in ways}
     for turn in range(args.repeats + 1):
-        for name, options in ways.items():
+        for name, (bundle, options) in ways.items():
             start = ask(bundle.path, args.new_tokens, args.threads, options)
             if turn:  # the first one warms the page cache
                 runs[name].append(start)
     rows = [row(name, starts) for name, starts in runs.items()]
     if args.cold:
-        for name in ways:
-            stayed = drop_pages([bundle.path, prepared])
-            result = row(f"{name}, cold", [ask(bundle.path, args.new_tokens, args.threads, ways[name])])
+        folders = [folder for bundle, prepared in forms.values() for folder in (bundle.path, prepared)]
+        for name, (bundle, options) in ways.items():
+            stayed = drop_pages(folders)
+            result = row(f"{name}, cold", [ask(bundle.path, args.new_tokens, args.threads, options)])
             rows.append(result | {"pages_that_stayed": round(stayed, 4)})
             print(f"  {stayed:.1%} of the pages had stayed in memory")
     return rows
@@ -157,6 +170,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--whole", action="store_true", help="the decoder in one graph too, for comparison")
     parser.add_argument("--residency", nargs="*", default=["map"], choices=["map", "prefault", "lock"])
     args = parser.parse_args()
 
@@ -172,7 +186,14 @@ def main() -> None:
             size_bytes = make(bundle, prepared)
             pack_s = round(time.perf_counter() - begin, 1)
             print(f"packed: {size_bytes / 1e9:.2f} GB in {pack_s} s")
-        rows = measure(bundle, prepared, args)
+        forms = {"": (bundle, prepared)}
+        if args.whole:
+            if not manifest.decoder_parts:
+                raise SystemExit(f"{args.bundle}: --whole: its decoder is in one graph as it is")
+            whole, packed = with_whole_decoder(bundle, Path(folder) / "whole"), Path(folder) / "packed"
+            make(whole, packed)
+            forms[", whole"] = whole, packed
+        rows = measure(forms, args)
     kv_bytes = manifest.caches.size_bytes
     peak = PEAK_TARGET_BYTES.get(manifest.recipe)
     print(
