@@ -3,12 +3,12 @@
 ONNX Runtime packs the weights of a graph on one CPU, which is most of what a start waits for. Cut at the two
 places where little goes over, the decoder packs on several:
 
-    lower  the layers up to the last that owns a cache
-    upper  the KV-shared layers, which read two of its caches, and the last norm
+    lower  fills the caches: the layers below the last that owns one, and that layer's keys and values
+    upper  the rest of that layer, the KV-shared ones, which read two of the caches, and the last norm
     head   the product with the token table
 
 The parts are graph files of their own over the decoder's weights; run one after the other they do exactly
-what the decoder does. Where no layer is shared there are two.
+what the decoder does.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from ..runtime.bundle import HIDDEN, LOWER_HIDDEN, READ, UPPER_INPUTS, Part
+from ..runtime.bundle import HIDDEN, LOWER_HIDDEN, LOWER_NORMED, READ, UPPER_INPUTS, Part
 from .geometry import TextModel
 
 WORTH_BYTES = 128 << 20  # of weights; fewer are packed in a blink, and parts cost a step some time
-CAPTIONS = ("lower", "upper", "head")
+NAMES = ("decoder_lower.onnx", "decoder_upper.onnx", "decoder_head.onnx")
 
 
 def write_parts(folder: Path, model: TextModel, *, worth_bytes: int = WORTH_BYTES) -> tuple[Part, ...]:
@@ -33,11 +33,8 @@ def write_parts(folder: Path, model: TextModel, *, worth_bytes: int = WORTH_BYTE
     decoder = ir.load(folder / "decoder.onnx")
     if _weights_bytes(decoder.graph) < worth_bytes:
         return ()
-    graphs = cut(decoder.graph, model)
-    names = CAPTIONS if len(graphs) == len(CAPTIONS) else (CAPTIONS[0], CAPTIONS[-1])
     parts = []
-    for name, graph in zip(names, graphs, strict=True):
-        file = f"decoder_{name}.onnx"
+    for file, graph in zip(NAMES, cut(decoder.graph, model), strict=True):
         part = ir.Model(graph, ir_version=decoder.ir_version)
         part.producer_name, part.producer_version = decoder.producer_name, decoder.producer_version
         ir.save(part, folder / file)
@@ -47,25 +44,27 @@ def write_parts(folder: Path, model: TextModel, *, worth_bytes: int = WORTH_BYTE
 
 def cut(graph: ir.Graph, model: TextModel) -> list[ir.Graph]:
     """The graphs of the parts; `graph` itself keeps its nodes, some of its values get public names."""
-    hidden_size = model.geometry.hidden_size
+    shape, last = model.geometry, f"layers.{model.last_cached}"
     presents = [value for value in graph.outputs if value.name and value.name.startswith("present.")]
     reads = [value for value in graph.outputs if value.name and value.name.startswith(READ)]
-    logits = graph.outputs[0]
-    normed = _named(_uses(graph, "norm.weight").outputs[0], HIDDEN, hidden_size)
-    first_upper = model.last_cached + 1
-    if first_upper == len(model.layers):
-        return [_part(graph, [], [*presents, normed], reads), _part(graph, [normed], [logits], [])]
-    entering = _uses(graph, f"layers.{first_upper}.input_layernorm.weight").inputs[0]
-    assert entering is not None
-    handed = [_named(entering, LOWER_HIDDEN, hidden_size)]
-    if width := model.geometry.hidden_size_per_layer_input:
-        extras = _uses(graph, "constants.split_above").inputs[0]
-        assert extras is not None
+    # Where the last layer that owns a cache goes on with its kept rows: the stream, and it normed.
+    attention = _use(graph, f"{last}.post_attention_layernorm.weight").outputs[0]
+    residual = _consumer(attention)
+    hidden = next(value for value in residual.inputs if value is not attention)
+    queries = _use(graph, f"{last}.self_attn.q_proj.weight").inputs[0]
+    handed = [
+        _named(hidden, LOWER_HIDDEN, shape.hidden_size),
+        _named(queries, LOWER_NORMED, shape.hidden_size),
+    ]
+    if width := shape.hidden_size_per_layer_input:
+        flat = _use(graph, "constants.above_flat").outputs[0]
+        extras = _consumer(_consumer(flat).outputs[0]).outputs[0]  # the sum with the table's rows, scaled
         handed.append(_named(extras, UPPER_INPUTS, (len(model.layers) - model.last_cached) * width))
+    normed = _named(_use(graph, "norm.weight").outputs[0], HIDDEN, shape.hidden_size)
     return [
         _part(graph, [], [*presents, *handed], reads),
         _part(graph, [*handed, *presents], [normed], reads),
-        _part(graph, [normed], [logits], []),
+        _part(graph, [normed], [graph.outputs[0]], []),
     ]
 
 
@@ -89,14 +88,22 @@ def _part(
     return part
 
 
-def _uses(graph: ir.Graph, initializer: str) -> ir.Node:
-    """The only operator that takes this initializer."""
-    (use,) = graph.initializers[initializer].uses()
+def _use(graph: ir.Graph, initializer: str) -> ir.Node:
+    """The only operator that takes this initializer, or the packed form of this weight."""
+    value = graph.initializers.get(initializer) or graph.initializers[f"{initializer}.blocks"]
+    (use,) = value.uses()
     return use.node
 
 
-def _named(value: ir.Value, name: str, width: int) -> ir.Value:
+def _consumer(value: ir.Value) -> ir.Node:
+    """The only one."""
+    (use,) = value.uses()
+    return use.node
+
+
+def _named(value: ir.Value | None, name: str, width: int) -> ir.Value:
     """Declared as an output of a part needs it: (1, kept, width)."""
+    assert value is not None
     value.name, value.dtype, value.shape = name, ir.DataType.FLOAT, ir.Shape([1, "kept", width])
     return value
 

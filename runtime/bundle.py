@@ -20,8 +20,9 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 # Outputs `read.{index}.{key|value}.{n}`: an int8 cache that an operator reads, and wants to write as well.
 READ = "read."
-# What the parts of a decoder hand on, (1, kept, width): to the upper layers two, to the head one.
-LOWER_HIDDEN, UPPER_INPUTS, HIDDEN = "lower_hidden_states", "upper_per_layer_inputs", "hidden_states"
+# What the parts of a decoder hand on, (1, kept, width): three to the readers of caches, one to the head.
+LOWER_HIDDEN, LOWER_NORMED = "lower_hidden_states", "lower_normed_states"
+UPPER_INPUTS, HIDDEN = "upper_per_layer_inputs", "hidden_states"
 # Only in bundles for CUDA: the decoder as our engine runs it there, on the same weights; what picks tokens.
 DRAFTER = "drafter.onnx"
 CUDA_DECODER = "decoder_cuda.onnx"

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from gemma_edge.export import parts
 from gemma_edge.export.bundle import write_bundle
 from gemma_edge.export.geometry import read_text_model
 from gemma_edge.export.parts import WORTH_BYTES, write_parts
@@ -23,6 +24,7 @@ from gemma_edge.runtime.graphs import data_of
 from gemma_edge.runtime.prepared import make, misfit
 from gemma_edge.runtime.session import Session
 
+from .support.onnx_graphs import load_graph
 from .support.tiny_bundles import export_tiny, prepare_tiny, tiny_profile
 from .support.tiny_checkpoint import write_tiny_checkpoint
 from .support.tiny_drafter import CENTROIDS, write_tiny_drafter
@@ -31,7 +33,7 @@ from .test_mapped_pages import pages_of
 from .test_parity import SHAPES
 
 CHUNK, GUESSES = 16, 2
-NAMES = ["decoder_lower.onnx", "decoder_upper.onnx", "decoder_head.onnx"]
+NAMES = [*parts.NAMES]
 KINDS: dict[str, dict[str, Any]] = {
     "float": {},
     "4 bits": dict(recipe="int4"),
@@ -74,8 +76,7 @@ def assert_same(one: Bundle, other: Bundle) -> None:
 def test_every_shape_says_the_same(tiny_bundle, shape: str):
     config, slack = SHAPES[shape]
     bundle = tiny_bundle(model=dict(seed=7, **config), slack=slack, chunk=CHUNK, parts=True).bundle
-    graphs, shared = bundle.decoder_graphs, bundle.manifest.geometry.num_kv_shared_layers
-    assert [graph.name for graph in graphs] == (NAMES if shared else [NAMES[0], NAMES[2]])
+    assert [graph.name for graph in bundle.decoder_graphs] == NAMES
     assert_same(bundle, whole(bundle))
 
 
@@ -97,8 +98,27 @@ def test_int8_caches_are_read_by_the_part_that_reads_them(tiny_bundle):
     bundle = tiny_bundle(model=dict(seed=3), slack=4, chunk=CHUNK, parts=True, **KINDS["4 bits, int8 caches"])
     lower, upper, head = Session(bundle.bundle, threads=1).decoder.parts
     counts = [sum(name.startswith(READ) for name in part.outputs) for part in (lower, upper, head)]
-    assert counts[1] == 2 * bundle.bundle.manifest.geometry.num_kv_shared_layers and not counts[2]
-    assert not {*lower.outputs} & {*upper.outputs}
+    readers = bundle.bundle.manifest.geometry.num_kv_shared_layers + 1  # and the last that owns a cache
+    assert counts == [0, 2 * readers, 0]
+
+
+def test_what_is_cut_out_of_a_cache_is_cut_once(tiny_bundle):
+    """In the part that reads: at depth 1,024 it is 4 MB, and more with every token."""
+    folder = tiny_bundle(model=dict(seed=3), slack=4, chunk=CHUNK, parts=True).path
+    whole_graph, *operators = (
+        [node.op_type for node in load_graph(folder / name).model.graph.node]
+        for name in ("decoder.onnx", *NAMES)
+    )
+    for name in (
+        "Softmax",
+        "MatMul",
+        "FusedMatMul",
+        "GroupQueryAttention",
+        "RotaryEmbedding",
+        "TensorScatter",
+    ):
+        assert sum(part.count(name) for part in operators) == whole_graph.count(name), name
+    assert "Softmax" not in operators[0] and "GroupQueryAttention" not in operators[1]
 
 
 def test_an_answer_is_the_same(tiny_bundle):
@@ -217,12 +237,12 @@ def test_a_part_that_is_missing_or_damaged_is_named(tiny_bundle, tmp_path: Path)
 def test_sizes_are_those_of_the_weights(tiny_bundle, tmp_path: Path):
     """Together what the decoder multiplies with; in the file that the manifest says."""
     bundle = tiny_bundle(model=dict(seed=3), slack=4, chunk=CHUNK, parts=True, recipe="int4")
-    parts = bundle.bundle.manifest.decoder_parts
-    total = sum(part.weights_bytes for part in parts)
+    listed = bundle.bundle.manifest.decoder_parts
+    total = sum(part.weights_bytes for part in listed)
     for name in ("decoder.onnx", "decoder.onnx.data", "embeddings.onnx.data"):
         (tmp_path / name).symlink_to(bundle.path / name)
     model = read_text_model(bundle.checkpoint)
-    assert write_parts(tmp_path, model, worth_bytes=total) == parts
+    assert write_parts(tmp_path, model, worth_bytes=total) == listed
     for name in NAMES:  # byte by byte what another process wrote before
         assert (tmp_path / name).read_bytes() == (bundle.path / name).read_bytes()
     assert write_parts(tmp_path, model, worth_bytes=total + 1) == ()
