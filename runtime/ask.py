@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from .engine import Engine
     from .genai_engine import GenaiEngine
     from .service import ChatRequest, Done, Service
+    from .tokenizer import Tokenizer
+
+# So short a prompt is run by the decoder graph sooner than the prefill graph is open (docs/decisions.md).
+SHORT_PROMPT_TOKENS = 64
+_CHARACTERS = 8 * SHORT_PROMPT_TOKENS  # of a longer one the tokens need not be counted
 
 
 def add_ask_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +82,8 @@ def run_ask(args: argparse.Namespace) -> int:
     messages, tools = _messages(args)
     start = time.perf_counter()
     bundle = open_bundle(args.bundle)
-    engine, service = load_prepared(bundle, args, lambda ready: _load(ready, args))
+    asked = json.dumps([messages, tools], ensure_ascii=False)
+    engine, service = load_prepared(bundle, args, lambda ready: _load(ready, args, asked))
     load_s = time.perf_counter() - start
     request = _request(args, messages, tools)
     with service:
@@ -88,11 +94,16 @@ def run_ask(args: argparse.Namespace) -> int:
     return 0
 
 
-def _load(bundle: Bundle, args: argparse.Namespace) -> tuple[Engine | GenaiEngine, Service]:
-    """The engine loads in a thread; what else is needed is imported and loaded in the meantime."""
+def _load(bundle: Bundle, args: argparse.Namespace, asked: str) -> tuple[Engine | GenaiEngine, Service]:
+    """The engine loads in a thread; what else is needed is imported and loaded in the meantime.
+
+    asked: the one request that there will be, in JSON, which takes about as many tokens as the prompt.
+    """
     from .tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(bundle)
+    if _is_short(asked, tokenizer):
+        bundle = bundle.without_prefill()
     with ThreadPoolExecutor(1) as pool:
         opening = pool.submit(open_engine, bundle, args, tokenizer, reuse=False, hears=bool(args.audio))
         from .chat import load_template
@@ -103,6 +114,10 @@ def _load(bundle: Bundle, args: argparse.Namespace) -> tuple[Engine | GenaiEngin
         ears = open_ears(bundle, threads=args.threads) if args.audio else None
         engine = opening.result()
     return engine, Service(engine, tokenizer, template, model_name=bundle.name, ears=ears)
+
+
+def _is_short(asked: str, tokenizer: Tokenizer) -> bool:
+    return len(asked) <= _CHARACTERS and len(tokenizer.encode(asked)) <= SHORT_PROMPT_TOKENS
 
 
 def _request(

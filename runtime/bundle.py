@@ -7,7 +7,7 @@ nothing of ONNX Runtime.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -263,6 +263,10 @@ class Bundle:
     def prefill(self) -> Path:
         """Only if the manifest describes it."""
         return self._graph("prefill.onnx")
+
+    def without_prefill(self) -> Bundle:
+        """The same bundle, its prefill graph left alone: the decoder graph runs the prompts too."""
+        return replace(self, manifest=msgspec.structs.replace(self.manifest, prefill=None))
 
     @property
     def drafter(self) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -124,3 +125,14 @@ def test_every_kind_of_bundle_answers(tiny_bundle, options: dict):
     done = ask(tiny_bundle(context=CONTEXT, chunk=16, **options).path, "word " * 30, "--max-tokens", 30)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout) > 5
+
+
+def test_a_short_question_opens_no_prefill_graph(tiny_bundle, tmp_path: Path):
+    """It would be open after the answer; so one that cannot be opened is found by a longer question alone."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle(context=CONTEXT, chunk=16, recipe="int4", prefill="int8").path, folder)
+    graph = folder / "prefill.onnx"
+    graph.write_bytes(b"\0" * graph.stat().st_size)
+    short, long = (ask(folder, "word " * words, "--max-tokens", 3) for words in (3, 70))
+    assert short.returncode == 0 and short.stdout, short.stderr
+    assert long.returncode == 1 and "prefill.onnx" in long.stderr, long.stderr

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 import torch
@@ -19,7 +18,7 @@ from gemma_edge.export.quantize import CHANNEL_LEVELS, quantize_channels
 from gemma_edge.export.recipes import Recipe, load_recipe
 from gemma_edge.export.verify.tensors import SourceWeights
 from gemma_edge.export.verify.weights import check_weights
-from gemma_edge.runtime.bundle import Bundle, open_bundle
+from gemma_edge.runtime.bundle import open_bundle
 from gemma_edge.runtime.engine import Engine
 from gemma_edge.runtime.errors import ConfigError
 from gemma_edge.runtime.prefix import ReuseSettings
@@ -62,11 +61,6 @@ def relative(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
-def shared(bundle: Bundle) -> Bundle:
-    """The same bundle with prompts on the decoder graph."""
-    return replace(bundle, manifest=msgspec.structs.replace(bundle.manifest, prefill=None))
-
-
 @pytest.mark.parametrize(
     "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in SHAPES]
 )
@@ -105,7 +99,7 @@ def round_as_the_prefill_graph(module: torch.nn.Linear) -> None:
 
 def test_it_is_close_to_float_products(tiny: Any):
     ids = ids_of(PROMPT)
-    session, plain = Session(tiny.bundle), Session(shared(tiny.bundle))
+    session, plain = Session(tiny.bundle), Session(tiny.bundle.without_prefill())
     assert plain.prompts is None
     run_prompt(session, ids)
     run_prompt(plain, ids)
@@ -140,7 +134,7 @@ def test_where_a_prompt_is_cut_does_not_matter(tiny: Any, session: Session, chun
 
 
 def test_few_rows_run_on_the_decoder_graph(tiny: Any):
-    session, plain = Session(tiny.bundle), Session(shared(tiny.bundle))
+    session, plain = Session(tiny.bundle), Session(tiny.bundle.without_prefill())
     for one in (session, plain):
         run_prompt(
             one, ids_of(LEAST_PROMPT_ROWS)
@@ -150,7 +144,7 @@ def test_few_rows_run_on_the_decoder_graph(tiny: Any):
 
 def test_soft_tokens_take_the_place_of_embeddings(tiny: Any):
     heard = Heard(np.arange(2, 12), np.random.default_rng(3).standard_normal((10, 64)).astype(np.float32))
-    ids, session, plain = ids_of(CHUNK), Session(tiny.bundle), Session(shared(tiny.bundle))
+    ids, session, plain = ids_of(CHUNK), Session(tiny.bundle), Session(tiny.bundle.without_prefill())
     for one in (session, plain):
         one.prefill(ids, 0, last=True, heard=heard)
     found, wanted = caches(session, CHUNK), caches(plain, CHUNK)
@@ -193,7 +187,7 @@ def test_guesses_can_be_taken_back(tiny: Any):
 @pytest.mark.parametrize("kv", ["int8", pytest.param("float16", marks=pytest.mark.slow)])
 def test_caches_of_other_types(kv: str, tiny_bundle: Any):
     tiny = tiny_bundle(kv=kv, prefill="int8")
-    session, plain = Session(tiny.bundle), Session(shared(tiny.bundle))
+    session, plain = Session(tiny.bundle), Session(tiny.bundle.without_prefill())
     run_prompt(session, ids_of(PROMPT))
     run_prompt(plain, ids_of(PROMPT))
     wanted = caches(plain, PROMPT)

@@ -398,6 +398,36 @@ def test_a_name_within_a_name_is_not_named() -> None:
     assert problems("a/t1, a/t10: 12.5.", window) == []
 
 
+def test_a_name_that_is_a_number_is_named_in_quotes_or_brackets() -> None:
+    sensors = (
+        S(
+            "boiler",
+            "temperature",
+            "°C",
+            1,
+            200,
+            21,
+            35,
+            30,
+            30,
+            0.0,
+            None,
+            40,
+            (above(60.0, 80.0, at(8), at(9, 35)),),
+        ),
+        S("35", "weight", "kg", 1, 90, 148, 716, 567, 479, 0.0),
+    )
+    window = replace(WINDOW, sensors=sensors)
+    assert (
+        problems("'boiler' was above its limit of 60 °C from 08:00 to 09:35, at worst 80 °C.", window) == []
+    )
+    assert problems("'boiler' was above its limit of 60 °C from 08:00 to 09:36.", window)
+    assert problems("[35] The mean was 567 kg.", window) == [] == problems("'35' averaged 567 kg.", window)
+    assert problems("[boiler to 35] All but 'boiler' are normal.", window) == []
+    assert problems("'35' averaged 30 °C.", window)
+    assert problems("'boiler' averaged 35 °C.", window), "the number, which no name hides"
+
+
 def test_units_and_quantities_with_digits_are_no_values() -> None:
     window = replace(
         WINDOW,

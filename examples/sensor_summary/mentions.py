@@ -20,11 +20,7 @@ class Mentions:
 
     def __init__(self, window: Window) -> None:
         names = [sensor.name for sensor in window.sensors]
-        self._full = [
-            # Whole names only: "a/t1" is not named by "a/t10"; a full stop or colon may follow.
-            (name, re.compile(rf"(?<![\w/.-]){re.escape(plain_form(name))}(?![\w/-]|[.:]\w)"))
-            for name in sorted(names, key=len, reverse=True)
-        ]
+        self._full = [(name, _whole(plain_form(name))) for name in sorted(names, key=len, reverse=True)]
         places: dict[str, list[str]] = {}
         for name in names:
             levels = name.split("/")
@@ -92,6 +88,18 @@ class Mentions:
             if match[0].casefold() in self._measured
         ]
         return all(sensors & set(mentioned) for sensors in around)
+
+
+def _whole(name: str) -> re.Pattern[str]:
+    """A pattern for a whole name: "a/t1" is not named by "a/t10"; a full stop or colon may follow.
+
+    A name without letters ("35") is one in quotes or before a part ("[35] …", "[35 to tank/level] …") only:
+    elsewhere it is a number, or half of 21:35.
+    """
+    if not re.search(r"[^\W\d]", name):
+        said = re.escape(name)
+        return re.compile(rf"(?<=['\"`]){said}(?=['\"`])|(?<=\[){said}(?= to |\])|(?<= to ){said}(?=\])")
+    return re.compile(rf"(?<![\w/.-]){re.escape(name)}(?![\w/-]|[.:]\w)")
 
 
 def _loosely(place: str) -> str | None:
