@@ -14,7 +14,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
+
+from gemma_edge.runtime.bundle import MANIFEST, Bundle, open_bundle
 
 PACKAGES = ("gemma-edge", "onnxruntime", "numpy", "sentencepiece")
 ERROR_CHARACTERS = 4000  # of a failed process, its last ones
@@ -91,6 +94,16 @@ def measured_process(command: list[str]) -> tuple[str, int]:
                 f"{' '.join(command)}: status {child.returncode}\n{errors.read()[-ERROR_CHARACTERS:]}"
             )
         return out.read(), usage.ru_maxrss * 1024
+
+
+def with_whole_decoder(bundle: Bundle, folder: Path) -> Bundle:
+    """The same bundle on decoder.onnx: its files under other names, and another manifest."""
+    folder.mkdir()
+    for name in bundle.manifest.files:
+        os.link(bundle.path / name, folder / name)
+    manifest = msgspec.structs.replace(bundle.manifest, decoder_parts=())
+    (folder / MANIFEST).write_bytes(msgspec.json.encode(manifest))
+    return open_bundle(folder)
 
 
 def print_json(result: dict[str, Any]) -> None:

@@ -23,10 +23,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
-from common import machine, median, print_json, print_machine
+from common import machine, median, print_json, print_machine, with_whole_decoder
 
-from gemma_edge.runtime.bundle import MANIFEST, Bundle, open_bundle
+from gemma_edge.runtime.bundle import Bundle, open_bundle
 from gemma_edge.runtime.prepared import make, misfit
 
 FIRST_TOKEN_TARGET_S = 2.0
@@ -119,16 +118,6 @@ def row(name: str, starts: list[Start]) -> dict[str, Any]:
         flush=True,
     )
     return {"start": name} | {key: round(value, 3) for key, value in figures.items()}
-
-
-def with_whole_decoder(bundle: Bundle, folder: Path) -> Bundle:
-    """The same bundle on decoder.onnx: its files under other names, and another manifest."""
-    folder.mkdir()
-    for name in bundle.manifest.files:
-        os.link(bundle.path / name, folder / name)
-    manifest = msgspec.structs.replace(bundle.manifest, decoder_parts=())
-    (folder / MANIFEST).write_bytes(msgspec.json.encode(manifest))
-    return open_bundle(folder)
 
 
 def measure(forms: dict[str, tuple[Bundle, Path]], args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -445,6 +445,8 @@ def test_units_and_quantities_with_digits_are_no_values() -> None:
 def test_the_sites_own_digits_are_no_values() -> None:
     window = replace(WINDOW, site="house 12")
     assert problems("House 12 has 3 anomalies.", window) == []
+    dated = replace(WINDOW, site="Jun 21")
+    assert problems("Jun 21: 3 anomalies.", dated) == [] == problems("Jun 21 has 3 anomalies.", dated)
     assert problems("bench-4/humidity fell to 12 %.", window)
 
 

@@ -44,7 +44,9 @@ class Mentions:
             plain_form(quantity).casefold(): {s.name for s in window.sensors if s.quantity == quantity}
             for quantity in {sensor.quantity for sensor in window.sensors}
         }
-        others = {plain_form(window.site), *(plain_form(s.quantity) for s in window.sensors)}
+        # A site "Jun 21" is a date in plain form, but not before a colon, which would make it a time.
+        site = {plain_form(window.site), plain_form(f"{window.site}:")[:-1]}
+        others = {*site, *(plain_form(s.quantity) for s in window.sensors)}
         self._others = [
             re.compile(rf"(?<![\w/-]){re.escape(other)}(?![\w/-])", re.IGNORECASE)
             for other in sorted(others, key=len, reverse=True)
