@@ -50,7 +50,7 @@ class Mentions:
         self._others = [
             re.compile(rf"(?<![\w/-]){re.escape(other)}(?![\w/-])", re.IGNORECASE)
             for other in sorted(others, key=len, reverse=True)
-            if re.search(r"[^\W\d]", other)
+            if re.search(r"[^\W\d]|\x02", other)
         ]
 
     def unknown(self, text: str) -> list[str]:
