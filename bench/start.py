@@ -1,11 +1,12 @@
 """How a start goes: seconds to the first token and memory, with and without packed weights, warm and cold.
 
-    python bench/start.py BUNDLE [--prepared DIR] [--repeats 3] [--cold] [--whole] [--residency map lock]
+    python bench/start.py BUNDLE [--prepared DIR] [--repeats 3] [--cold] [--whole] [--long]
 
 Each start is a process of its own, `gemma-edge ask`, timed from its creation to its end, less the steps after
 the first token. Packed weights are written first, if DIR (default: a temporary folder beside the bundle) has
 none that fit. A cold start follows after the system was asked to drop the files' pages (posix_fadvise); how
 many stayed is printed. With --whole the same bundle also starts with its decoder in one graph, not in parts.
+The question is short, so `ask` leaves the prefill graph closed; --long asks one that opens it, too.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ FIRST_TOKEN_TARGET_S = 2.0
 ANONYMOUS_TARGET_BYTES = 400e6  # and the caches
 PEAK_TARGET_BYTES = {"int4": 2.2e9, "qat-mobile": 1.9e9}
 QUESTION = "Hello, who are you?"
+LONG_QUESTION = f"{QUESTION} " + "Tell me about the greenhouse, the tank and the pump. " * 5
 _STATS = re.compile(r"decode (\d+) steps.*?, ([\d.]+) tok/s; time to first token ([\d.]+) s")
 _LOADED = re.compile(r"loaded in ([\d.]+) s; memory (\d+) MiB resident, (\d+) anonymous, (\d+) file-backed")
 
@@ -48,8 +50,10 @@ class Start:
     peak_rss_bytes: int
 
 
-def ask(bundle: Path, new_tokens: int, threads: int | None, options: list[str]) -> Start:
-    command = [sys.executable, "-m", "gemma_edge.cli", "ask", str(bundle), QUESTION, "--stats"]
+def ask(
+    bundle: Path, new_tokens: int, threads: int | None, options: list[str], question: str = QUESTION
+) -> Start:
+    command = [sys.executable, "-m", "gemma_edge.cli", "ask", str(bundle), question, "--stats"]
     command += ["--speculate", "off", "--max-tokens", str(new_tokens), *options]
     command += ["--threads", str(threads)] if threads else []
     begin = time.perf_counter()
@@ -122,28 +126,31 @@ def row(name: str, starts: list[Start]) -> dict[str, Any]:
 
 def measure(forms: dict[str, tuple[Bundle, Path]], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every way to start, in turns. forms: by what their rows are called besides."""
-    ways: dict[str, tuple[Bundle, list[str]]] = {}
+    ways: dict[str, tuple[Bundle, list[str], str]] = {}
+    questions = {"": QUESTION} | ({", long question": LONG_QUESTION} if args.long else {})
     for form, (bundle, prepared) in forms.items():
-        ways[f"plain{form}"] = bundle, ["--prepare", "off"]
-        for residency in args.residency:
-            options = ["--prepared", str(prepared), "--residency", residency]
-            ways[f"packed, {residency}{form}"] = bundle, options
+        for asked, question in questions.items():
+            ways[f"plain{form}{asked}"] = bundle, ["--prepare", "off"], question
+            for residency in args.residency:
+                options = ["--prepared", str(prepared), "--residency", residency]
+                ways[f"packed, {residency}{form}{asked}"] = bundle, options, question
     print(
         "| start | first token, s (best) | of it loading | decode tok/s | anonymous MB | mapped MB | peak GB|"
     )
     print("|---|---|---|---|---|---|---|")
     runs: dict[str, list[Start]] = {name: [] for name in ways}
     for turn in range(args.repeats + 1):
-        for name, (bundle, options) in ways.items():
-            start = ask(bundle.path, args.new_tokens, args.threads, options)
+        for name, (bundle, options, question) in ways.items():
+            start = ask(bundle.path, args.new_tokens, args.threads, options, question)
             if turn:  # the first one warms the page cache
                 runs[name].append(start)
     rows = [row(name, starts) for name, starts in runs.items()]
     if args.cold:
         folders = [folder for bundle, prepared in forms.values() for folder in (bundle.path, prepared)]
-        for name, (bundle, options) in ways.items():
+        for name, (bundle, options, question) in ways.items():
             stayed = drop_pages(folders)
-            result = row(f"{name}, cold", [ask(bundle.path, args.new_tokens, args.threads, options)])
+            cold = ask(bundle.path, args.new_tokens, args.threads, options, question)
+            result = row(f"{name}, cold", [cold])
             rows.append(result | {"pages_that_stayed": round(stayed, 4)})
             print(f"  {stayed:.1%} of the pages had stayed in memory")
     return rows
@@ -160,6 +167,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--whole", action="store_true", help="the decoder in one graph too, for comparison")
+    parser.add_argument("--long", action="store_true", help="a question of five sentences too")
     parser.add_argument("--residency", nargs="*", default=["map"], choices=["map", "prefault", "lock"])
     args = parser.parse_args()
 
