@@ -399,22 +399,9 @@ def test_a_name_within_a_name_is_not_named() -> None:
 
 
 def test_a_name_that_is_a_number_is_named_in_quotes_or_brackets() -> None:
+    excursion = above(60.0, 80.0, at(8), at(9, 35))
     sensors = (
-        S(
-            "boiler",
-            "temperature",
-            "°C",
-            1,
-            200,
-            21,
-            35,
-            30,
-            30,
-            0.0,
-            None,
-            40,
-            (above(60.0, 80.0, at(8), at(9, 35)),),
-        ),
+        S("boiler", "temperature", "°C", 1, 200, 21, 35, 30, 30, 0.0, None, 40, (excursion,)),
         S("35", "weight", "kg", 1, 90, 148, 716, 567, 479, 0.0),
     )
     window = replace(WINDOW, sensors=sensors)
