@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .service import ChatRequest, Done, Service
     from .tokenizer import Tokenizer
 
-# On two CPUs the decoder graph has run so short a prompt before the prefill graph is open (docs/decisions.md).
+# On two CPUs the decoder graph runs so short a prompt before the prefill graph is open (docs/decisions.md).
 SHORT_PROMPT_TOKENS = 64
 _CHARACTERS = 8 * SHORT_PROMPT_TOKENS  # of a longer one the tokens need not be counted
 
